@@ -1,8 +1,8 @@
 """Every error ploopd reports, by what the caller must do about it.
 
-The class says whose fault it is; `exit_code` says how a command line ends; the fields name the file,
-the field and the value, so that one line is enough for whoever reads it.  Errors are converted once,
-at the edge of a layer, with `raise … from`.
+The class says whose fault it is; `exit_code` says how a command line ends; the fields name the
+file, the field and the value, so that one line is enough for whoever reads it.  Errors are converted
+once, at the edge of a layer, with `raise … from`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class ExitCode(IntEnum):
 class PloopError(Exception):
     """Base of all errors that are reported to a person.
 
-    `message` is one sentence.  `path`, `field`, `value` say where it is; `hint` says what to do next,
-    as a command to type where there is one.
+    `message` is one sentence.  `path`, `field`, `value` say where it is; `hint` says what to do
+    next, as a command to type where there is one.
     """
 
     exit_code: ExitCode = ExitCode.ERROR

@@ -55,8 +55,8 @@ class Task:
     `prepare` or `execute` returns, and never for a task that was aborted.
 
     After completion: `status`, `sense` (bytes, empty unless CHECK CONDITION) and `data_in` (what to
-    send; at most as long as the command's own allocation or transfer length; the transport cuts it to
-    what the initiator expects and computes the residual).  The transport calls `release()` when
+    send; at most as long as the command's own allocation or transfer length; the transport cuts it
+    to what the initiator expects and computes the residual).  The transport calls `release()` when
     `data_in` has been sent.
     """
 
@@ -92,8 +92,8 @@ class Task:
         attribute: int = 1,
         transport: object = None,
     ) -> None:
-        """`lun` is the 8-byte LUN field as a big-endian integer; `cdb` has its full length (at least
-        16 bytes, zero padded); `attribute` is SAM's (1 simple, 2 ordered, 3 head of queue);
+        """`lun` is the 8-byte LUN field as a big-endian integer; `cdb` has its full length (at
+        least 16 bytes, zero padded); `attribute` is SAM's (1 simple, 2 ordered, 3 head of queue);
         `transport` is whatever the front end wants to find again."""
         self.tag = tag
         self.lun = lun

@@ -48,8 +48,8 @@ class ExtentKind(Enum):
 class Extent:
     """A run of bytes of the virtual disk.
 
-    `offset`, `length`: bytes of the virtual disk.  `depth`: 0 for the top delta, 1 for the one below,
-    … ; None for a hole.  `path`, `host_offset`: where the bytes are, None for a hole.
+    `offset`, `length`: bytes of the virtual disk.  `depth`: 0 for the top delta, 1 for the one
+    below, … ; None for a hole.  `path`, `host_offset`: where the bytes are, None for a hole.
     """
 
     offset: int
