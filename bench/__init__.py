@@ -1,0 +1,1 @@
+"""Side-by-side measurement of ploopd and its peers; `python -m bench --help`."""
