@@ -1,0 +1,186 @@
+"""`ploopctl device`: list, show, replace, standby."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ploopd.cli.completion import complete_device
+from ploopd.cli.options import TIMEOUT
+from ploopd.cli.render import OUTPUT, echo_fields, echo_json, echo_table
+from ploopd.errors import UsageError
+from ploopd.units import format_size, format_size_exact
+
+if TYPE_CHECKING:
+    from ploopd.control.client import ControlClient
+    from ploopd.control.messages import DeviceDetails
+
+_DEVICE = click.argument("device", shell_complete=complete_device)
+
+
+@click.group()
+def device() -> None:
+    """The disks of a running daemon."""
+
+
+def _client(control: Path | None, timeout: float) -> ControlClient:
+    from ploopd.control.client import ControlClient
+
+    return ControlClient(control, timeout=timeout)
+
+
+@device.command("list")
+@OUTPUT
+@TIMEOUT
+@click.pass_obj
+def list_devices(control: Path | None, output: str, timeout: float) -> None:
+    """List the devices; answers even while their storage hangs."""
+    from ploopd.control import messages
+
+    with _client(control, timeout) as client:
+        devices = client.call(
+            messages.LIST_DEVICES, messages.DeviceList, waiting="the device list"
+        ).devices
+    if output == "json":
+        echo_json(devices)
+        return
+    rows = [
+        (one.name, format_size(one.size), one.standby, " ".join(one.urls), one.image)
+        for one in devices
+    ]
+    echo_table(("NAME", "SIZE", "STANDBY", "URL", "IMAGE"), rows, right=frozenset({1}))
+
+
+@device.command()
+@_DEVICE
+@OUTPUT
+@TIMEOUT
+@click.pass_obj
+def show(control: Path | None, device: str, output: str, timeout: float) -> None:
+    """Show everything that is known of DEVICE."""
+    from ploopd.control import messages
+
+    with _client(control, timeout) as client:
+        details = client.call(
+            messages.SHOW_DEVICE,
+            messages.ShowReply,
+            messages.DeviceName(name=device),
+            waiting=f"what is known of {device}",
+        ).device
+    if output == "json":
+        echo_json(details)
+        return
+    _echo_details(details)
+
+
+def _echo_details(details: DeviceDetails) -> None:
+    version = f"ploop v{details.format_version}" if details.format_version else "raw"
+    fields = [
+        ("name", details.name),
+        ("image", details.image),
+        ("size", format_size_exact(details.size)),
+        ("format", version),
+        ("cluster size", format_size_exact(details.cluster_size)),
+        ("allocated", format_size_exact(details.allocated)),
+        ("read-only", "yes" if details.read_only else "no"),
+        ("identity", details.identity),
+        ("standby", details.standby),
+        (
+            "state",
+            details.state if details.reason is None else f"{details.state}: {details.reason}",
+        ),
+        ("parked", f"{details.parked_requests} requests, {format_size(details.parked_bytes)}"),
+    ]
+    fields += [("url", url) for url in details.urls]
+    fields += [(f"layer {one.level}", f"{one.path} ({one.kind})") for one in details.layers]
+    fields += [("note", note) for note in details.notes]
+    echo_fields(fields)
+
+
+@device.command()
+@_DEVICE
+@click.option(
+    "--image", required=True, type=click.Path(), help="The file that becomes the top delta."
+)
+@click.option("--force", is_flag=True, help="Accept an image that was not closed cleanly.")
+@TIMEOUT
+@click.pass_obj
+def replace(control: Path | None, device: str, image: str, force: bool, timeout: float) -> None:
+    """Put another top delta, or the same one again, under DEVICE.
+
+    Ends the standby of DEVICE: parked requests are executed on the new delta, in their order. Each
+    step is printed on stderr when it is done. When a step fails the device stays in standby and
+    replace can be tried again.
+    """
+    from ploopd.control import messages
+
+    # The daemon has another working directory.
+    parameters = messages.ReplaceParameters(name=device, image=os.path.abspath(image), force=force)
+    with _client(control, timeout) as client:
+        for step in client.stream(
+            messages.REPLACE_DEVICE,
+            messages.ReplaceStep,
+            parameters,
+            waiting=f"the next step of replacing {device}",
+        ):
+            click.echo(f"{step.elapsed:8.3f} s  {step.step}", err=True)
+
+
+@device.command()
+@_DEVICE
+@click.argument("action", type=click.Choice(["show", "enter", "leave", "wait"]))
+@click.option("--state", type=click.Choice(["on", "off"]), help="What `wait` waits for.")
+@TIMEOUT
+@click.pass_obj
+def standby(
+    control: Path | None, device: str, action: str, state: str | None, timeout: float
+) -> None:
+    """Show or change the standby state of DEVICE.
+
+    `show` prints the state string: `not supported`, `on` or `off`. `enter` parks all requests until
+    `leave`, which goes on with the same storage, or `device replace`. `wait --state on|off` returns
+    when the state is reached, or fails with exit code 7.
+    """
+    if (action == "wait") != (state is not None):
+        raise UsageError(
+            "--state goes with `wait`, and `wait` needs it",
+            hint=f"ploopctl device standby {device} wait --state off",
+        )
+    # The daemon keeps the time of `wait`, and says what it waited for; ours is a little longer.
+    with _client(control, timeout + 2.0 if action == "wait" else timeout) as client:
+        reached = _standby_call(client, device, action, state, timeout)
+    if action == "show":
+        click.echo(reached)
+    else:
+        click.echo(f"{device}: standby is {reached}", err=True)
+
+
+def _standby_call(
+    client: ControlClient, device: str, action: str, state: str | None, timeout: float
+) -> str:
+    """The state string after `action`."""
+    from ploopd.control import messages
+
+    if action == "wait":
+        assert state is not None
+        parameters = messages.StandbyWaitParameters(name=device, standby=state, timeout=timeout)
+        return client.call(
+            messages.STANDBY_WAIT,
+            messages.StandbyState,
+            parameters,
+            waiting=f"standby of {device} to be {state}",
+        ).standby
+    method = {
+        "show": messages.STANDBY_SHOW,
+        "enter": messages.STANDBY_ENTER,
+        "leave": messages.STANDBY_LEAVE,
+    }[action]
+    return client.call(
+        method,
+        messages.StandbyState,
+        messages.DeviceName(name=device),
+        waiting=f"{device} to answer `standby {action}`",
+    ).standby

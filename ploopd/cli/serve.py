@@ -1,0 +1,165 @@
+"""`ploopd serve`: options in, a `ServeConfig` out, and the daemon runs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ploopd.cli.options import ON_OFF, seconds_or_forever
+from ploopd.units import format_size_exact
+
+if TYPE_CHECKING:
+    from ploopd.daemon import Export
+
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+
+@click.command()
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path())
+@click.option(
+    "--portal",
+    default="127.0.0.1:3260",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Where to listen; port 0 picks a free one.",
+)
+@click.option(
+    "--iqn", help="Name of the target; default: iqn.2026-11.org.ploopd:HOSTNAME of this host."
+)
+@click.option("--read-only", is_flag=True, help="Never write to the images.")
+@click.option(
+    "--control",
+    type=click.Path(path_type=Path),
+    envvar="PLOOPD_CONTROL",
+    help="Path of the control socket for ploopctl; its default is ploopctl's.",
+)
+@click.option(
+    "--write-cache",
+    type=ON_OFF,
+    default="on",
+    show_default=True,
+    help="off: every write is on stable storage before it is acknowledged.",
+)
+@click.option(
+    "--standby",
+    type=ON_OFF,
+    default="on",
+    show_default=True,
+    help="on: EBUSY, ENOTCONN and EIO of the storage park the requests instead of failing them.",
+)
+@click.option(
+    "--cache",
+    type=click.Choice(["writeback", "none"]),
+    default="writeback",
+    show_default=True,
+    help="none: past the host's page cache (O_DIRECT).",
+)
+@click.option(
+    "--io",
+    type=click.Choice(["auto", "inline", "io_uring", "threads"]),
+    default="auto",
+    show_default=True,
+    help="How files are read and written; auto chooses by file system and kernel.",
+)
+@click.option(
+    "--park-max",
+    default="20",
+    show_default=True,
+    metavar="SECONDS|forever",
+    callback=seconds_or_forever,
+    help="A request parked for longer is answered BUSY, for the initiator to repeat.",
+)
+@click.option(
+    "--image-root",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Deltas named by a descriptor may lie anywhere below DIR; default: the descriptor's own "
+    "directory.",
+)
+@click.option(
+    "--chap-file",
+    "chap_files",
+    multiple=True,
+    type=click.Path(),
+    envvar="PLOOPD_CHAP_FILE",
+    metavar="FILE",
+    help="TOML file, mode 0600, with user, secret and, for mutual CHAP, mutual_user and "
+    "mutual_secret. May be repeated.",
+)
+@click.option(
+    "--acl", multiple=True, metavar="IQN", help="Only these initiators may log in. May be repeated."
+)
+@click.option(
+    "--insecure",
+    is_flag=True,
+    help="Listen on a network address although there is neither CHAP nor an ACL.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="How much goes to stderr.",
+)
+def serve(
+    images: tuple[str, ...],
+    portal: str,
+    iqn: str | None,
+    read_only: bool,
+    control: Path | None,
+    write_cache: str,
+    standby: str,
+    cache: str,
+    io: str,
+    park_max: float | None,
+    image_root: Path | None,
+    chap_files: tuple[str, ...],
+    acl: tuple[str, ...],
+    insecure: bool,
+    log_level: str,
+) -> None:
+    """Serve each IMAGE as one LUN of an iSCSI target until SIGINT or SIGTERM.
+
+    IMAGE is a ploop delta, a raw file, a DiskDescriptor.xml or the directory that holds one. When
+    all are ready one line for each is printed on stdout: iscsi://HOST:PORT/IQN/LUN, the image and
+    its size. If one of them cannot be served none is.
+    """
+    from ploopd.config import ServeConfig, default_iqn, parse_portal, read_chap_file
+
+    host, port = parse_portal(portal)
+    config = ServeConfig(
+        images=images,
+        iqn=iqn or default_iqn(),
+        host=host,
+        port=port,
+        read_only=read_only,
+        control=control,
+        write_cache=write_cache == "on",
+        standby=standby == "on",
+        cache="none" if cache == "none" else "writeback",
+        io=io,  # type: ignore[arg-type]  # click has checked it
+        park_max=park_max,
+        image_root=image_root,
+        chap=tuple(read_chap_file(path) for path in chap_files),
+        acl=acl or None,
+        insecure=insecure,
+    )
+    config.check()
+    logging.basicConfig(stream=sys.stderr, format=_LOG_FORMAT, level=log_level.upper())
+
+    import trio
+
+    from ploopd.daemon import serve_images
+
+    trio.run(serve_images, config, announce)
+
+
+def announce(exports: list[Export]) -> None:
+    """Print the line of each LUN: from now on it can be used."""
+    for export in exports:
+        click.echo(f"{export.url}  {export.image}  {format_size_exact(export.size)}")
+    sys.stdout.flush()

@@ -1,0 +1,223 @@
+"""The messages of the control socket: interface `org.ploopd.Control`.
+
+The table `METHODS` at the end drives the server's dispatch, the client's types and the interface
+description that `varlinkctl introspect` shows.  Sizes are bytes, times are seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+INTERFACE = "org.ploopd.Control"
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all parameters and replies."""
+
+
+class Empty(Message, frozen=True, kw_only=True):
+    """No parameters, or nothing to say but "done"."""
+
+
+class DeviceName(Message, frozen=True, kw_only=True):
+    """Which device: its name as `device list` shows it."""
+
+    name: str
+
+
+class DeviceSummary(Message, frozen=True, kw_only=True):
+    """One line of `device list`.
+
+    `standby` is the state string: `not supported`, `on` or `off`.  `urls` are where initiators
+    find the device: `iscsi://HOST:PORT/IQN/LUN`.
+    """
+
+    name: str
+    image: str
+    size: int
+    standby: str
+    urls: list[str]
+    read_only: bool = False
+
+
+class DeviceList(Message, frozen=True, kw_only=True):
+    """The devices in the order of their LUNs."""
+
+    devices: list[DeviceSummary]
+
+
+class Layer(Message, frozen=True, kw_only=True):
+    """One file of the chain; the base is level 0."""
+
+    path: str
+    kind: str
+    level: int
+    guid: str | None = None
+    version: int | None = None
+
+
+class DeviceDetails(Message, frozen=True, kw_only=True):
+    """Everything that is known of a device without touching its storage.
+
+    `state` is the gate's: `active`, `standby` or `recovering`.  `reason` says why it is not active.
+    `format_version` is 0 for a raw image.  `notes` are what was found or repaired at open.
+    """
+
+    name: str
+    image: str
+    size: int
+    standby: str
+    urls: list[str]
+    read_only: bool
+    state: str
+    reason: str | None
+    parked_requests: int
+    parked_bytes: int
+    identity: str
+    format_version: int
+    cluster_size: int
+    allocated: int
+    layers: list[Layer]
+    notes: list[str]
+
+
+class ShowReply(Message, frozen=True, kw_only=True):
+    device: DeviceDetails
+
+
+class ReplaceParameters(Message, frozen=True, kw_only=True):
+    """Put `image` under the device instead of its top delta; `force` accepts an unclean image."""
+
+    name: str
+    image: str
+    force: bool = False
+
+
+class ReplaceStep(Message, frozen=True, kw_only=True):
+    """One step of a replacement, sent when it is done; the last reply has `image` set.
+
+    `elapsed` counts from the call.
+    """
+
+    step: str
+    elapsed: float
+    image: str | None = None
+
+
+class StandbyState(Message, frozen=True, kw_only=True):
+    """The state string: `not supported`, `on` or `off`."""
+
+    standby: str
+
+
+class StandbyWaitParameters(Message, frozen=True, kw_only=True):
+    """Wait until the state string is `standby`, for `timeout` seconds at most."""
+
+    name: str
+    standby: str
+    timeout: float = 30.0
+
+
+class DaemonInfo(Message, frozen=True, kw_only=True):
+    """The running daemon; `uptime` in seconds."""
+
+    version: str
+    pid: int
+    uptime: float
+    iqn: str
+    portals: list[str]
+    devices: int
+
+
+class ServiceInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The reply of `org.varlink.service.GetInfo`."""
+
+    vendor: str
+    product: str
+    version: str
+    url: str
+    interfaces: list[str]
+
+
+class InterfaceName(msgspec.Struct, frozen=True, kw_only=True):
+    interface: str
+
+
+class InterfaceDescription(msgspec.Struct, frozen=True, kw_only=True):
+    description: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A row of the interface: name, types, whether it answers in steps, one line of help."""
+
+    name: str
+    parameters: type[Message]
+    reply: type[Message]
+    help: str
+    more: bool = False
+
+    @property
+    def qualified_name(self) -> str:
+        return f"{INTERFACE}.{self.name}"
+
+
+GET_INFO = Method(
+    name="GetInfo", parameters=Empty, reply=DaemonInfo, help="Version and portals of the daemon."
+)
+LIST_DEVICES = Method(
+    name="ListDevices",
+    parameters=Empty,
+    reply=DeviceList,
+    help="All devices; never touches their storage.",
+)
+SHOW_DEVICE = Method(
+    name="ShowDevice",
+    parameters=DeviceName,
+    reply=ShowReply,
+    help="One device in full; never touches its storage.",
+)
+REPLACE_DEVICE = Method(
+    name="ReplaceDevice",
+    parameters=ReplaceParameters,
+    reply=ReplaceStep,
+    help="Replace the top delta. With `more`, one reply for each step.",
+    more=True,
+)
+STANDBY_SHOW = Method(
+    name="StandbyShow",
+    parameters=DeviceName,
+    reply=StandbyState,
+    help="The standby state string of a device.",
+)
+STANDBY_ENTER = Method(
+    name="StandbyEnter",
+    parameters=DeviceName,
+    reply=StandbyState,
+    help="Park the requests of a device from now on.",
+)
+STANDBY_LEAVE = Method(
+    name="StandbyLeave",
+    parameters=DeviceName,
+    reply=StandbyState,
+    help="Go on with the same storage after StandbyEnter.",
+)
+STANDBY_WAIT = Method(
+    name="StandbyWait",
+    parameters=StandbyWaitParameters,
+    reply=StandbyState,
+    help="Answers when the state string is the wanted one.",
+)
+
+METHODS: tuple[Method, ...] = (
+    GET_INFO,
+    LIST_DEVICES,
+    SHOW_DEVICE,
+    REPLACE_DEVICE,
+    STANDBY_SHOW,
+    STANDBY_ENTER,
+    STANDBY_LEAVE,
+    STANDBY_WAIT,
+)
