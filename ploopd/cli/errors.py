@@ -58,7 +58,7 @@ def one_line(text: str) -> str:
 def _usage(program: str, error: click.ClickException) -> int:
     context = getattr(error, "ctx", None)
     hint = f"; see `{context.command_path} --help`" if context is not None else ""
-    report(program, error.format_message().replace("\n", " ") + hint)
+    report(program, error.format_message().replace("\n", " ").rstrip(".") + hint)
     return ExitCode.USAGE if isinstance(error, click.UsageError) else error.exit_code
 
 
