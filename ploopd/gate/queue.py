@@ -1,0 +1,348 @@
+"""The requests of one device: in execution, parked, disowned, and how they move between these.
+
+Knows nothing of fuses and states: the gate tells it when to park and when to release, and judges
+errors for it.  Every request's `done` is called exactly once, or never after a successful cancel.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Protocol
+
+import trio
+
+from ploopd.errors import ParkTimeoutError, StorageError
+from ploopd.gate.events import EventKind
+from ploopd.gate.limits import ParkLimits
+from ploopd.gate.parking import Attempt, Op, ParkedRequests, Request, RequestState
+from ploopd.gate.release import ReleaseOrder
+from ploopd.storage.device import BlockDevice
+
+
+class BufferKeeper(Protocol):
+    """Who owns the memory of buffers, for requests that the kernel has not given back."""
+
+    def isolate(self, view: memoryview, *, replace: bool) -> memoryview:
+        """The kernel may use `view` until `settle(view)`: do not hand that memory out again.
+
+        With `replace` the owner's buffer gets other memory of the same length, which is returned;
+        without it, or if `view` is not the keeper's, returns `view`.
+        """
+        ...
+
+    def settle(self, view: memoryview) -> None:
+        """The kernel is done with a `view` that was isolated."""
+        ...
+
+
+class Supervisor(Protocol):
+    """The gate, as the queue sees it."""
+
+    def judge(self, error: StorageError) -> bool:
+        """A request failed; True: park it, False: its caller gets the error."""
+        ...
+
+    def refusal(self, request: Request) -> StorageError | None:
+        """Why a request must not be executed now, if there is a reason."""
+        ...
+
+    def released(self) -> None:
+        """The last parked request has been started."""
+        ...
+
+    def report(self, kind: EventKind, **details: str | int | float) -> None:
+        """Publish an event."""
+        ...
+
+
+class RequestQueue:
+    """See the module's first lines.  `device` executes; `limits` bound what is parked."""
+
+    __slots__ = (
+        "_attention",
+        "_disowned",
+        "_executing",
+        "_idle",
+        "_keeper",
+        "_limit_reported",
+        "_park_reported",
+        "_parked",
+        "_release",
+        "_supervisor",
+        "device",
+        "limits",
+    )
+
+    def __init__(
+        self,
+        device: BlockDevice,
+        limits: ParkLimits,
+        supervisor: Supervisor,
+        keeper: BufferKeeper | None,
+    ) -> None:
+        self.device = device
+        self.limits = limits
+        self._supervisor = supervisor
+        self._keeper = keeper
+        self._executing: dict[int, Request] = {}
+        self._disowned: set[Attempt] = set()
+        self._parked = ParkedRequests()
+        self._release: ReleaseOrder | None = None
+        self._idle: trio.Event | None = None
+        self._attention: Callable[[], None] | None = None
+        self._park_reported = False
+        self._limit_reported = False
+
+    # -- what can be asked -----------------------------------------------------------------
+
+    @property
+    def executing_count(self) -> int:
+        return len(self._executing)
+
+    @property
+    def parked_count(self) -> int:
+        return len(self._parked)
+
+    @property
+    def parked_bytes(self) -> int:
+        return self._parked.size
+
+    @property
+    def disowned_count(self) -> int:
+        return len(self._disowned)
+
+    @property
+    def disowned_changes(self) -> int:
+        return sum(attempt.request.changes for attempt in self._disowned)
+
+    @property
+    def releasing(self) -> bool:
+        """Whether released requests are still waiting for their turn."""
+        return self._release is not None
+
+    def notify_parked(self, callback: Callable[[], None] | None) -> None:
+        """Call `callback()` whenever the first request is parked: a deadline has appeared."""
+        self._attention = callback
+
+    # -- execution -------------------------------------------------------------------------
+
+    def start(self, request: Request) -> None:
+        """Hand `request` to the device."""
+        request.state = RequestState.EXECUTING
+        request.attempt = attempt = Attempt(request)
+        self._executing[request.sequence] = request
+        device, offset, buffer = self.device, request.offset, request.buffer
+        if request.op is Op.READ and buffer is not None:
+            attempt.pending = device.read(offset, buffer, attempt.finished)
+        elif request.op is Op.WRITE and buffer is not None:
+            attempt.pending = device.write(offset, buffer, attempt.finished, fua=request.fua)
+        elif request.op is Op.WRITE_ZEROES:
+            attempt.pending = device.write_zeroes(
+                offset, request.length, attempt.finished, unmap=request.unmap, fua=request.fua
+            )
+        elif request.op is Op.DISCARD:
+            attempt.pending = device.discard(offset, request.length, attempt.finished)
+        else:
+            attempt.pending = device.flush(attempt.finished)
+
+    def finished(self, attempt: Attempt, error: StorageError | None) -> None:
+        """The device's answer to an attempt (called by the attempt)."""
+        if attempt.void:
+            self._came_back(attempt)
+            return
+        request = attempt.request
+        request.attempt = None
+        del self._executing[request.sequence]
+        if error is None or not self._supervisor.judge(error):
+            self.end(request, error)
+        elif request.abandoned:
+            self.end(request, _aborted(request))
+        else:
+            self.park(request)
+        self._went_away(request)
+
+    def end(self, request: Request, error: StorageError | None) -> None:
+        """Tell the caller, once."""
+        request.state = RequestState.ENDED
+        request.buffer = None
+        request.done(error)
+
+    def cancel(self, request: Request) -> bool:
+        """See `Request.cancel`."""
+        if request.state is RequestState.PARKED:
+            self._drop(request)
+            return True
+        attempt = request.attempt
+        if request.state is not RequestState.EXECUTING or attempt is None:
+            return False
+        if attempt.pending is not None and attempt.pending.cancel():
+            request.state = RequestState.ENDED
+            request.attempt = None
+            del self._executing[request.sequence]
+            self._went_away(request)
+            return True
+        request.abandoned = True
+        return False
+
+    def _went_away(self, request: Request) -> None:
+        """`request` is not in execution any more."""
+        if self._release is not None:
+            self._release.ended(request)
+            self._pump(self._release)
+        if self._idle is not None and not self._executing:
+            self._idle.set()
+            self._idle = None
+
+    # -- parking ---------------------------------------------------------------------------
+
+    def begin_episode(self) -> None:
+        """The device has stopped: what is parked stays so, and is reported once more."""
+        self._release = None
+        self._park_reported = self._limit_reported = False
+
+    def park(self, request: Request) -> bool:
+        """Park it in its place, or answer BUSY at once (False) where the limits say so."""
+        parked = self._parked
+        if not self.limits.allows(len(parked) + 1, parked.size + request.held_bytes):
+            if not self._limit_reported:
+                self._limit_reported = True
+                self._supervisor.report(EventKind.PARK_LIMIT, parked=len(parked), bytes=parked.size)
+            self.end(request, ParkTimeoutError(request.op.value))
+            return False
+        parked.add(request)
+        if len(parked) == 1 and self._attention is not None:
+            self._attention()
+        if not self._park_reported and self._release is None:
+            self._park_reported = True
+            self._supervisor.report(EventKind.PARKED, op=request.op.value, offset=request.offset)
+        return True
+
+    def line_up(self, request: Request) -> None:
+        """Admit `request` behind those that are being released."""
+        order = self._release
+        if self.park(request) and order is not None:
+            order.add(request)
+            self._pump(order)
+
+    def next_deadline(self) -> float | None:
+        """When `expire` has something to do next, on the clock of `admitted_at`."""
+        oldest = self._parked.first()
+        if oldest is None or self.limits.park_max is None:
+            return None
+        return oldest.admitted_at + self.limits.park_max
+
+    def expire(self, now: float) -> int:
+        """Answer BUSY to requests that have waited for `park_max`; returns how many."""
+        park_max = self.limits.park_max
+        if park_max is None:
+            return 0
+        count = 0
+        for request in self._parked.in_order():
+            if request.admitted_at + park_max > now:
+                break
+            if request.state is RequestState.PARKED:
+                count += 1
+                self._drop(request)
+                self.end(request, ParkTimeoutError(request.op.value))
+        if count:
+            self._supervisor.report(EventKind.PARK_EXPIRED, count=count, parked=len(self._parked))
+        return count
+
+    def fail_parked(self, error: Callable[[Request], StorageError]) -> None:
+        """End every parked request with the error that `error(request)` makes."""
+        for request in self._parked.in_order():
+            if request.state is RequestState.PARKED:
+                self._drop(request)
+                self.end(request, error(request))
+
+    def _drop(self, request: Request) -> None:
+        """Take a request out of the parked ones, and out of the way of those behind it."""
+        self._parked.remove(request)
+        request.state = RequestState.ENDED
+        if self._release is not None:
+            self._release.ended(request)
+            self._pump(self._release)
+
+    # -- draining --------------------------------------------------------------------------
+
+    async def drain(self, deadline: float) -> bool:
+        """See `Gate.drain`."""
+        self.device.kick()
+        with trio.move_on_after(deadline):
+            while self._executing:
+                self._idle = trio.Event()
+                await self._idle.wait()
+        if not self._executing:
+            await trio.lowlevel.checkpoint()
+            return True
+        self._disown()
+        return False
+
+    def _disown(self) -> None:
+        hung = [self._executing[sequence] for sequence in sorted(self._executing)]
+        self._executing.clear()
+        self._supervisor.report(EventKind.DISOWNED, count=len(hung))
+        for request in hung:
+            attempt = request.attempt
+            assert attempt is not None
+            attempt.void = True
+            request.attempt = None
+            self._disowned.add(attempt)
+            if self._keeper is not None and attempt.buffer is not None:
+                replace = request.op is Op.READ
+                request.buffer = self._keeper.isolate(attempt.buffer, replace=replace)
+            if request.abandoned:
+                self.end(request, _aborted(request))
+            else:
+                self.park(request)
+
+    def _came_back(self, attempt: Attempt) -> None:
+        self._disowned.discard(attempt)
+        if self._keeper is not None and attempt.buffer is not None:
+            self._keeper.settle(attempt.buffer)
+
+    # -- release ---------------------------------------------------------------------------
+
+    def release(self) -> None:
+        """Execute what is parked, in the original order where requests overlap."""
+        parked = self._parked.in_order()
+        if not parked:
+            return
+        self._release = order = ReleaseOrder()
+        for request in parked:
+            order.add(request)
+        self._pump(order)
+
+    def _pump(self, order: ReleaseOrder) -> None:
+        """Start what may run; the release is over when nothing is left to start.
+
+        The device may complete a request before its method returns: the flag keeps that from
+        recursing, and the loop stops when such a completion has put the device into standby again.
+        """
+        if order.pumping:
+            return
+        order.pumping = True
+        while order.ready and self._release is order:
+            request = order.ready.popleft()
+            if request.state is not RequestState.PARKED:
+                continue
+            refusal = self._supervisor.refusal(request)
+            if refusal is None:
+                self._parked.remove(request)
+                self.start(request)
+            else:
+                self._drop(request)
+                self.end(request, refusal)
+        order.pumping = False
+        if self._release is not order:
+            return
+        if not self._parked:
+            self._release = None
+            self._supervisor.released()
+        self.device.kick()
+
+
+def _aborted(request: Request) -> StorageError:
+    op = request.op.value
+    return StorageError(errno.ECANCELED, op, message=f"{op} was aborted")
