@@ -1,0 +1,158 @@
+"""What a file does in the event loop itself: plain calls that complete now or say False.
+
+A `File` binds `try_read` and `try_write` of one of these when it is opened, so the data path has no
+branches by policy.  `fd` is -1 once the file is closed: calls bound earlier fail with EBADF and
+never reach a descriptor that was given out again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Protocol
+
+from ploopd.errors import StorageError
+from ploopd.fileio.oslayer import OsLayer
+
+PATIENCE = 4
+"""Consecutive misses before NOWAIT reads are left out for a while: a miss costs more than a hit."""
+
+SKIP_FIRST = 16
+SKIP_MOST = 1024
+"""How many reads go straight to the engine then; doubled while the next try misses again."""
+
+
+class InlineIo(Protocol):
+    """The inline half of a file."""
+
+    fd: int
+
+    def try_read(self, buffer: memoryview, offset: int) -> bool:
+        """Fill `buffer` now, or return False.  Raises `StorageError` for what storage answered."""
+        ...
+
+    def try_write(self, buffer: memoryview, offset: int) -> bool:
+        """Write all of `buffer` now, or return False; then part of it may have been written."""
+        ...
+
+
+class PlainInline:
+    """Memory file systems: nothing there waits for a disk."""
+
+    __slots__ = ("_path", "_preadv", "_pwritev", "fd")
+
+    def __init__(self, fd: int, path: str, layer: OsLayer) -> None:
+        self.fd = fd
+        self._path = path
+        self._preadv = layer.preadv
+        self._pwritev = layer.pwritev
+
+    def try_read(self, buffer: memoryview, offset: int) -> bool:
+        try:
+            return self._preadv(self.fd, (buffer,), offset) == len(buffer)
+        except OSError as error:
+            raise StorageError.from_os(error, "read", self._path, offset) from error
+
+    def try_write(self, buffer: memoryview, offset: int) -> bool:
+        try:
+            return self._pwritev(self.fd, (buffer,), offset) == len(buffer)
+        except OSError as error:
+            raise StorageError.from_os(error, "write", self._path, offset) from error
+
+
+class NowaitInline:
+    """Local file systems: what the kernel does without waiting (preadv2(2), RWF_NOWAIT).
+
+    Reads that miss the page cache several times in a row are not tried for a while, in which the
+    engine serves hits, too.  Writes are tried until the file system says that it has no such thing
+    (ext4): then they are the engine's.
+    """
+
+    __slots__ = ("_misses", "_path", "_preadv", "_pwritev", "_skip", "_writes", "fd")
+
+    def __init__(self, fd: int, path: str, layer: OsLayer) -> None:
+        self.fd = fd
+        self._path = path
+        self._preadv = layer.preadv
+        self._pwritev = layer.pwritev
+        self._misses = 0
+        self._skip = 0
+        self._writes = True
+
+    def try_read(self, buffer: memoryview, offset: int) -> bool:
+        if self._skip:
+            self._skip -= 1
+            return False
+        try:
+            if self._preadv(self.fd, (buffer,), offset, os.RWF_NOWAIT) == len(buffer):
+                self._misses = 0
+                return True
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise StorageError.from_os(error, "read", self._path, offset) from error
+            self._misses = PATIENCE + SKIP_MOST
+        self._missed()
+        return False
+
+    def _missed(self) -> None:
+        self._misses += 1
+        if self._misses >= PATIENCE:
+            self._skip = min(SKIP_FIRST << min(self._misses - PATIENCE, 16), SKIP_MOST)
+
+    def try_write(self, buffer: memoryview, offset: int) -> bool:
+        if not self._writes:
+            return False
+        try:
+            return self._pwritev(self.fd, (buffer,), offset, os.RWF_NOWAIT) == len(buffer)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise StorageError.from_os(error, "write", self._path, offset) from error
+            self._writes = False
+            return False
+
+
+class NoInline:
+    """Everything else: all operations are the engine's."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def try_read(self, buffer: memoryview, offset: int) -> bool:
+        return False
+
+    def try_write(self, buffer: memoryview, offset: int) -> bool:
+        return False
+
+
+class LayeredInline:
+    """A layer other than the real one in front: it is asked whether the call would wait."""
+
+    __slots__ = ("_inner", "_layer")
+
+    def __init__(self, inner: InlineIo, layer: OsLayer) -> None:
+        self._inner = inner
+        self._layer = layer
+
+    @property
+    def fd(self) -> int:
+        return self._inner.fd
+
+    @fd.setter
+    def fd(self, value: int) -> None:
+        self._inner.fd = value
+
+    def try_read(self, buffer: memoryview, offset: int) -> bool:
+        if self._layer.would_block("read", self._inner.fd):
+            return False
+        return self._inner.try_read(buffer, offset)
+
+    def try_write(self, buffer: memoryview, offset: int) -> bool:
+        if self._layer.would_block("write", self._inner.fd):
+            return False
+        return self._inner.try_write(buffer, offset)

@@ -1,0 +1,219 @@
+"""The process's io_uring as an engine: operations in, callbacks in the loop's thread out."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from ploopd.fileio.buffers import Buffer, BufferPool
+from ploopd.fileio.completions import Callback, Completions
+from ploopd.fileio.thread_engine import ThreadEngine
+from ploopd.fileio.uring import CANCEL_ALL_OF_FD, FSYNC_DATASYNC, Opcode, Ring
+
+WORKERS = 512
+"""Kernel workers for operations that block; they exist only while they are needed."""
+
+_MAX_ROUNDS = 8
+_RETRY = 0.01
+
+_Entry = tuple[int, int, int, int, int, int, int]
+"""opcode, fd, address, length, offset, tag, op_flags: what `Ring.push` takes."""
+
+
+class RingEngine:
+    """`IoEngine` by one io_uring, with worker threads for the calls that it does not have.
+
+    Operations whose ring is full wait in a queue.  Buffers are referenced until their completion
+    has come, whatever became of the file.
+    """
+
+    kind = "io_uring"
+
+    def __init__(
+        self, *, entries: int = 256, completions: int = 4096, buffers: BufferPool | None = None
+    ) -> None:
+        self.buffers = BufferPool() if buffers is None else buffers
+        self._ring = Ring(entries, completions)
+        self._results = Completions()
+        self._ring.register_eventfd(self._results.fd)
+        try:
+            self._ring.limit_workers(WORKERS)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # before Linux 5.15: its default must do
+                raise
+        self._threads = ThreadEngine(buffers=self.buffers, completions=self._results)
+        self._operations: dict[int, tuple[int, Buffer | None, Callback]] = {}
+        self._backlog: deque[_Entry] = deque()
+        self._tag = 0
+        self._pumping = False
+        self._closed = False
+
+    @property
+    def outstanding(self) -> int:
+        """Operations of the ring that have not come back."""
+        return len(self._operations)
+
+    # Operations: queued here, begun by the next kick.
+
+    def read(self, fd: int, buffer: Buffer, start: int, offset: int, callback: Callback) -> None:
+        """Fill `buffer` from its byte `start` on with what is at `offset + start`."""
+        self._tag = tag = self._tag + 1
+        self._operations[tag] = (fd, buffer, callback)
+        self._push(
+            (Opcode.READ, fd, buffer.address + start, buffer.length - start, offset + start, tag, 0)
+        )
+
+    def write(self, fd: int, buffer: Buffer, start: int, offset: int, callback: Callback) -> None:
+        """Write `buffer` from its byte `start` on to `offset + start`."""
+        self._tag = tag = self._tag + 1
+        self._operations[tag] = (fd, buffer, callback)
+        self._push(
+            (
+                Opcode.WRITE,
+                fd,
+                buffer.address + start,
+                buffer.length - start,
+                offset + start,
+                tag,
+                0,
+            )
+        )
+
+    def fdatasync(self, fd: int, callback: Callback) -> None:
+        """Bring what was written to `fd` to stable storage."""
+        self._tag = tag = self._tag + 1
+        self._operations[tag] = (fd, None, callback)
+        self._push((Opcode.FSYNC, fd, 0, 0, 0, tag, FSYNC_DATASYNC))
+
+    def fallocate(self, fd: int, mode: int, offset: int, length: int, callback: Callback) -> None:
+        """fallocate(2); the entry has the length where others have the address."""
+        self._tag = tag = self._tag + 1
+        self._operations[tag] = (fd, None, callback)
+        self._push((Opcode.FALLOCATE, fd, length, mode, offset, tag, 0))
+
+    def call(
+        self,
+        fd: int,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        callback: Callback,
+    ) -> None:
+        """Call a blocking function in a worker thread; its int (or 0 for None) is the result."""
+        self._threads.call(fd, function, arguments, callback)
+
+    def disown(self, fd: int) -> None:
+        """`fd` hangs: what has not begun ends with ECANCELED, the rest is asked to."""
+        self._threads.disown(fd)
+        dropped = [entry for entry in self._backlog if entry[1] == fd]
+        if dropped:
+            self._backlog = deque(entry for entry in self._backlog if entry[1] != fd)
+        for entry in dropped:
+            _, _, callback = self._operations.pop(entry[5])
+            self._results.post(callback, -errno.ECANCELED)
+        if any(owner == fd for owner, _, _ in self._operations.values()):
+            self._tag = tag = self._tag + 1
+            self._operations[tag] = (-1, None, _ignore)
+            self._push((Opcode.ASYNC_CANCEL, fd, 0, 0, 0, tag, CANCEL_ALL_OF_FD))
+
+    def _push(self, entry: _Entry) -> None:
+        if (
+            self._backlog
+            or len(self._operations) > self._ring.completions
+            or not self._ring.push(*entry)
+        ):
+            self._backlog.append(entry)
+
+    # The loop's side.
+
+    def kick(self) -> None:
+        """Submit what was queued by one system call; call back what has completed by now.
+
+        Callbacks may queue more and may kick; what they queue is submitted before this returns.
+        """
+        if self._pumping:
+            return
+        self._pumping = True
+        try:
+            for _ in range(_MAX_ROUNDS):
+                self._submit()
+                if not self._deliver():
+                    return
+            self._submit()  # the callbacks never end: the loop has other work, too
+        finally:
+            self._pumping = False
+
+    def _submit(self) -> None:
+        ring, backlog = self._ring, self._backlog
+        self._threads.hand_over()
+        while True:
+            while backlog and len(self._operations) - len(backlog) < ring.completions:
+                if not ring.push(*backlog[0]):
+                    break
+                backlog.popleft()
+            if not ring.pending:
+                return
+            try:
+                ring.submit()
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EBUSY):
+                    return  # `run` tries again
+                raise
+
+    def _deliver(self) -> bool:
+        """Call back what has completed; False if there was nothing."""
+        results, ring = self._results, self._ring
+        if not ring.ready() and not results.queue:
+            return False
+        results.drain()  # before looking: what completes from now on wakes the loop again
+        operations, queue = self._operations, results.queue
+        for tag, result in ring.reap():
+            queue.append((operations.pop(tag)[2], result))
+        results.deliver()
+        return True
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Reap completions until cancelled."""
+        task_status.started()
+        while True:
+            if self._ring.pending:  # the kernel had no room for it
+                with trio.move_on_after(_RETRY):
+                    await trio.lowlevel.wait_readable(self._results.fd)
+            else:
+                await trio.lowlevel.wait_readable(self._results.fd)
+            self._results.drain()
+            self.kick()
+
+    def close(self) -> None:
+        """Give the ring back.  Operations that hang keep it, and their buffers, until they end."""
+        if self._closed:
+            return
+        self._closed = True
+        quiet = self._threads.close()
+        if self._operations:
+            threading.Thread(target=self._linger, name="ploopd-io-linger", daemon=True).start()
+        else:
+            self._ring.close()
+            if quiet:
+                self._results.close()
+
+    def _linger(self) -> None:
+        """Hold ring and buffers while the kernel may still write into them."""
+        while self._operations:
+            try:
+                self._ring.submit(wait=1)
+            except OSError:
+                time.sleep(1)  # out of memory for the moment; nothing else may free the buffers
+            for tag, _ in self._ring.reap():
+                self._operations.pop(tag, None)
+        os.close(self._ring.fd)
+
+
+def _ignore(result: int) -> None:
+    """What becomes of a cancellation is seen in the operations themselves."""
