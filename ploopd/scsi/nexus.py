@@ -1,0 +1,311 @@
+"""I_T nexuses and I_T_L nexuses: what a front end sees of a target.
+
+Source: SAM-5 4.7, 5.1 (Execute Command), clause 7 (task management).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ploopd.errors import StorageError
+from ploopd.scsi.cdb import BLOCK_SHIFT, CDB6, CDB10, CDB12, CDB16
+from ploopd.scsi.inquiry import MAX_TRANSFER_BLOCKS
+from ploopd.scsi.logical_unit import QUEUE_LIMIT, LogicalUnit, Statistics
+from ploopd.scsi.missing_lun import MissingLun
+from ploopd.scsi.sense import CheckCondition
+from ploopd.scsi.task import Status, Task
+from ploopd.scsi.task_management import TaskFunction, TmfResult, abort_all, manage
+from ploopd.scsi.unit_attention import UnitAttention, UnitAttentions
+from ploopd.storage.device import BlockDevice
+
+if TYPE_CHECKING:
+    from ploopd.scsi.target import Target
+
+_unpack_6 = CDB6.unpack_from
+_unpack_10 = CDB10.unpack_from
+_unpack_12 = CDB12.unpack_from
+_unpack_16 = CDB16.unpack_from
+
+
+def single_level_lun(field: int) -> int | None:
+    """The number in an 8-byte LUN field: peripheral device addressing on bus 0, or flat space
+    addressing (SAM-5 4.7.7); None for anything else."""
+    first, rest = field >> 48, field & 0xFFFF_FFFF_FFFF
+    if rest:
+        return None
+    if first < 0x100:
+        return first
+    return first & 0x3FFF if first >> 14 == 1 else None
+
+
+class ItlNexus:
+    """One initiator port's view of one logical unit, and the short way for plain READ and WRITE.
+
+    `read_range` and `write_range` answer the only question that matters for speed: may this CDB run
+    right now, without a task?  Everything that could say no is kept up to date in two flags.
+    """
+
+    __slots__ = (
+        "_attentions",
+        "_blocks",
+        "_device_read",
+        "_device_write",
+        "_quick_read",
+        "_quick_write",
+        "lun",
+        "nexus",
+        "stats",
+        "unit",
+    )
+
+    def __init__(self, nexus: Nexus, lun: int, unit: LogicalUnit) -> None:
+        self.nexus = nexus
+        self.lun = lun
+        self.unit = unit
+        self.stats: Statistics = unit.stats
+        self._attentions = UnitAttentions()
+        device: BlockDevice = unit.device
+        self._device_read = device.try_read
+        self._device_write = device.try_write
+        self._blocks = unit.blocks
+        self._quick_read = False
+        self._quick_write = False
+        unit.attach(self)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Recompute the flags of the short way."""
+        unit = self.unit
+        self._blocks = unit.blocks
+        self._quick_read = unit.tasks.quiet and not len(self._attentions)
+        self._quick_write = (
+            self._quick_read and unit.modes.write_cache and unit.write_protection() is None
+        )
+
+    def establish(self, attention: UnitAttention) -> None:
+        self._attentions.establish(attention)
+        self.refresh()
+
+    def take_attention(self) -> UnitAttention | None:
+        """The next pending unit attention, which is cleared by reporting it."""
+        attention = self._attentions.take()
+        if attention is not None:
+            self.refresh()
+        return attention
+
+    def clear_attention(self, attention: UnitAttention) -> None:
+        self._attentions.clear(attention)
+        self.refresh()
+
+    def read_range(self, cdb: memoryview | bytes) -> tuple[int, int] | None:
+        """(offset, length) in bytes if `cdb` is a READ that may run at once, else None."""
+        if not self._quick_read:
+            return None
+        opcode = cdb[0]
+        if opcode == 0x28:
+            _, flags, lba, group, blocks, control = _unpack_10(cdb)
+        elif opcode == 0x88:
+            _, flags, lba, blocks, group, control = _unpack_16(cdb)
+        elif opcode == 0x08 or opcode == 0xA8:
+            return self._seldom(cdb, opcode)
+        else:
+            return None
+        if (
+            flags
+            or group
+            or control
+            or not 0 < blocks <= MAX_TRANSFER_BLOCKS
+            or lba + blocks > self._blocks
+        ):
+            return None
+        return lba << BLOCK_SHIFT, blocks << BLOCK_SHIFT
+
+    def write_range(self, cdb: memoryview | bytes) -> tuple[int, int] | None:
+        """(offset, length) in bytes if `cdb` is a WRITE that may run at once, else None."""
+        if not self._quick_write:
+            return None
+        opcode = cdb[0]
+        if opcode == 0x2A:
+            _, flags, lba, group, blocks, control = _unpack_10(cdb)
+        elif opcode == 0x8A:
+            _, flags, lba, blocks, group, control = _unpack_16(cdb)
+        elif opcode == 0x0A or opcode == 0xAA:
+            return self._seldom(cdb, opcode)
+        else:
+            return None
+        if (
+            flags
+            or group
+            or control
+            or not 0 < blocks <= MAX_TRANSFER_BLOCKS
+            or lba + blocks > self._blocks
+        ):
+            return None
+        return lba << BLOCK_SHIFT, blocks << BLOCK_SHIFT
+
+    def _seldom(self, cdb: memoryview | bytes, opcode: int) -> tuple[int, int] | None:
+        """The 6 and 12 byte forms, which modern initiators do not use."""
+        if opcode < 0x20:
+            _, high, low, blocks, control = _unpack_6(cdb)
+            if high > 0x1F or control:
+                return None
+            lba = high << 16 | low
+            blocks = blocks or 256
+        else:
+            _, flags, lba, blocks, group, control = _unpack_12(cdb)
+            if flags or group or control or not 0 < blocks <= MAX_TRANSFER_BLOCKS:
+                return None
+        if lba + blocks > self._blocks:
+            return None
+        return lba << BLOCK_SHIFT, blocks << BLOCK_SHIFT
+
+    def try_read(self, offset: int, view: memoryview) -> bool:
+        """Fill `view` now, or say False: then the command takes the long way, which also reports
+        the error if there is one."""
+        try:
+            if not self._device_read(offset, view):
+                return False
+        except StorageError:
+            return False
+        stats = self.stats
+        stats.reads += 1
+        stats.read_bytes += len(view)
+        return True
+
+    def try_write(self, offset: int, view: memoryview) -> bool:
+        """Write `view` now, or say False: then the command takes the long way."""
+        try:
+            if not self._device_write(offset, view):
+                return False
+        except StorageError:
+            return False
+        stats = self.stats
+        stats.writes += 1
+        stats.written_bytes += len(view)
+        return True
+
+
+class Nexus:
+    """One I_T nexus: an initiator port logged in to a target port."""
+
+    def __init__(self, target: Target, initiator_port: str, target_port: str) -> None:
+        self.target = target
+        self.initiator_port = initiator_port
+        self.target_port = target_port
+        self.tasks: dict[int, Task] = {}
+        self._fields: dict[int, ItlNexus] = {}
+        self._itls: dict[int, ItlNexus] = {}
+        self._touched: set[LogicalUnit] = set()
+        self._missing = MissingLun()
+        self._closed = False
+
+    # -- logical units ---------------------------------------------------------------------
+
+    def itl(self, lun_field: int) -> ItlNexus | None:
+        """The I_T_L nexus of an 8-byte LUN field; None if there is no such logical unit."""
+        found = self._fields.get(lun_field)
+        return found if found is not None else self._find_itl(lun_field)
+
+    def _find_itl(self, lun_field: int) -> ItlNexus | None:
+        lun = single_level_lun(lun_field)
+        unit = None if lun is None or self._closed else self.target.units.get(lun)
+        if lun is None or unit is None:
+            return None
+        itl = self._itls.get(lun)
+        if itl is None:
+            itl = self._itls[lun] = ItlNexus(self, lun, unit)
+        self._fields[lun_field] = itl
+        return itl
+
+    @property
+    def itls(self) -> list[ItlNexus]:
+        """Those that were used so far."""
+        return list(self._itls.values())
+
+    def drop_lun(self, lun: int) -> None:
+        """The target has taken a logical unit away."""
+        itl = self._itls.pop(lun, None)
+        if itl is not None:
+            itl.unit.detach(itl)
+            self._fields = {field: i for field, i in self._fields.items() if i is not itl}
+
+    def establish(self, attention: UnitAttention) -> None:
+        """A unit attention for this nexus on every logical unit it uses."""
+        for itl in self._itls.values():
+            itl.establish(attention)
+
+    def clear_attention(self, attention: UnitAttention) -> None:
+        for itl in self._itls.values():
+            itl.clear_attention(attention)
+
+    # -- commands --------------------------------------------------------------------------
+
+    def prepare(self, task: Task) -> bool:
+        """Check everything that can be checked before data-out.  True: gather `data_out_length`
+        bytes and call `execute`.  False: the task has been completed with a status."""
+        task.nexus = self
+        itl = task.itl = self.itl(task.lun)
+        if itl is None:
+            self._missing.answer(task)
+            return False
+        unit = itl.unit
+        if len(unit.tasks) >= QUEUE_LIMIT:
+            task.finish(Status.TASK_SET_FULL)
+            return False
+        try:
+            unit.prepare(task)
+        except CheckCondition as condition:
+            unit.stats.errors += 1
+            sense = condition.sense.pack(unit.modes.descriptor_sense)
+            task.finish(Status.CHECK_CONDITION, sense)
+            return False
+        self.tasks[task.tag] = task
+        return True
+
+    def execute(self, task: Task) -> None:
+        """Run a prepared task; `task.on_complete` is called when it ends.  A task that has been
+        aborted in the meantime is left alone."""
+        itl = task.itl
+        if itl is not None:
+            self._touched.add(itl.unit)
+            itl.unit.execute(task)
+
+    def kick(self) -> None:
+        """Hand everything that `execute` started to the kernel: once per batch."""
+        if self._touched:
+            touched, self._touched = self._touched, set()
+            for unit in touched:
+                unit.device.kick()
+
+    def forget(self, task: Task) -> None:
+        """The task has ended."""
+        if self.tasks.get(task.tag) is task:
+            del self.tasks[task.tag]
+
+    # -- task management -------------------------------------------------------------------
+
+    def task_management(
+        self,
+        function: TaskFunction,
+        lun: int,
+        tag: int | None,
+        done: Callable[[TmfResult], None],
+    ) -> None:
+        """Carry out a task management function; `lun` is the 8-byte field.  `done` is called when
+        every task it affects has ended, possibly before this returns."""
+        manage(self, function, lun, tag, done)
+
+    def close(self, done: Callable[[], None] | None = None) -> None:
+        """I_T nexus loss: all its tasks are aborted, nothing of it is remembered.  `done` is called
+        when the last of its tasks has ended."""
+        if self._closed:
+            return
+        self._closed = True
+        for itl in self._itls.values():
+            itl.unit.detach(itl)
+        if self in self.target.nexuses:
+            self.target.nexuses.remove(self)
+        abort_all(list(self.tasks.values()), done if done is not None else lambda: None)
+        self._itls.clear()
+        self._fields.clear()
