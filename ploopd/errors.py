@@ -171,6 +171,13 @@ class StorageError(PloopError):
         return cls(error.errno or _errno.EIO, op, path=path, offset=offset)
 
 
+    def again(self) -> StorageError:
+        """The same error as a new object, for an error that is kept and raised more than once."""
+        return StorageError(
+            self.errno, self.op, path=self.path, offset=self.offset, message=self.message
+        )
+
+
 class ParkTimeoutError(StorageError):
     """A parked request waited longer than `park_max` and was never executed: answer BUSY."""
 
