@@ -157,8 +157,9 @@ def validate(
     used.sort()
     twice = used[1:] == used[:-1]
     if twice.any():
-        duplicate = _later_users(indexes, np.unique(used[1:][twice]), taken)
-        used = np.unique(used)
+        shared = used[1:][twice]
+        duplicate = _later_users(indexes, shared[_firsts(shared)], taken)
+        used = used[_firsts(used)]
     return BatReport(
         allocated=allocated,
         in_header=in_header,
@@ -170,14 +171,31 @@ def validate(
     )
 
 
+def _firsts(ordered: Indexes) -> npt.NDArray[np.bool_]:
+    """Which items of a sorted, non-empty array differ from the one before."""
+    mask = np.ones(ordered.size, dtype=np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=mask[1:])
+    return mask
+
+
+def _among(values: Indexes, ordered: Indexes) -> npt.NDArray[np.bool_]:
+    """Which `values` are in the sorted, non-empty array `ordered`."""
+    # Not np.isin: that sorts millions of values to look for a few.
+    at = np.searchsorted(ordered, values)
+    at[at == ordered.size] = 0
+    found: npt.NDArray[np.bool_] = ordered[at] == values
+    return found
+
+
 def _later_users(indexes: Indexes, shared: Indexes, taken: Indexes) -> Positions:
     """All virtual clusters that name one of `shared`, but for the first of each that is free to."""
-    users = np.flatnonzero(np.isin(indexes, shared))
+    users = np.flatnonzero(_among(indexes, shared))
     owners = indexes[users]
     _, firsts = np.unique(owners, return_index=True)
     keeps = np.zeros(users.size, dtype=np.bool_)
     keeps[firsts] = True
-    keeps &= ~np.isin(owners, taken)
+    if taken.size:
+        keeps &= ~_among(owners, np.sort(taken))
     return users[~keeps]
 
 
