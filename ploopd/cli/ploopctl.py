@@ -44,3 +44,7 @@ def cli(context: click.Context, control: Path | None, debug: bool) -> None:
 def main() -> None:
     """Entry point of the `ploopctl` command."""
     run("ploopctl", cli)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,3 +27,7 @@ def cli(**_: Any) -> None:
 def main() -> None:
     """Entry point of the `ploopd` command."""
     run("ploopd", cli)
+
+
+if __name__ == "__main__":
+    main()

@@ -87,8 +87,8 @@ _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
     type=click.Path(),
     envvar="PLOOPD_CHAP_FILE",
     metavar="FILE",
-    help="TOML file, mode 0600, with user, secret and, for mutual CHAP, mutual_user and "
-    "mutual_secret. May be repeated.",
+    help="TOML file, mode 0600, with user, secret and, if wanted, initiator, mutual_user, "
+    "mutual_secret and allow_md5. May be repeated.",
 )
 @click.option(
     "--acl", multiple=True, metavar="IQN", help="Only these initiators may log in. May be repeated."
@@ -128,14 +128,19 @@ def serve(
     all are ready one line for each is printed on stdout: iscsi://HOST:PORT/IQN/LUN, the image and
     its size. If one of them cannot be served none is.
     """
-    from ploopd.config import ServeConfig, default_iqn, parse_portal, read_chap_file
+    from ploopd.config import ServeConfig, default_iqn, parse_portal, read_chap_files
+    from ploopd.frontends.iscsi.config import IscsiConfig
 
-    host, port = parse_portal(portal)
+    iscsi = IscsiConfig(
+        portals=(parse_portal(portal),),
+        iqn=iqn or default_iqn(),
+        chap=read_chap_files(chap_files),
+        acl=acl or None,
+        insecure=insecure,
+    )
     config = ServeConfig(
         images=images,
-        iqn=iqn or default_iqn(),
-        host=host,
-        port=port,
+        iscsi=iscsi,
         read_only=read_only,
         control=control,
         write_cache=write_cache == "on",
@@ -144,9 +149,6 @@ def serve(
         io=io,  # type: ignore[arg-type]  # click has checked it
         park_max=park_max,
         image_root=image_root,
-        chap=tuple(read_chap_file(path) for path in chap_files),
-        acl=acl or None,
-        insecure=insecure,
     )
     config.check()
     logging.basicConfig(stream=sys.stderr, format=_LOG_FORMAT, level=log_level.upper())

@@ -1,43 +1,48 @@
 """Claims the control socket's path for this process.
 
-Whoever holds the flock on `PATH.lock` owns `PATH`.  The kernel drops that lock when its process
-dies, so the socket file of a dead daemon is told from a live one's without guessing, and two
-daemons that start together cannot both take it over.
+A socket file at which nobody listens is a dead daemon's and is taken over; one at which somebody
+listens is left alone.  Looking and binding happen under a lock on the directory, so that two
+daemons that start together cannot both take the same file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
 import stat
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ploopd.control.paths import check_private_directory, default_control_path
-from ploopd.errors import ExitCode, PloopError, UsageError, open_error
+from ploopd.errors import BusyError, ExitCode, PloopError, UsageError, open_error
 
 _BACKLOG = 32
 _LONGEST_PATH = 107  # sockaddr_un.sun_path without its NUL
+_LOCK_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlSocket:
-    """A bound, listening socket and what must be removed at the end.
+    """A bound, listening socket.  `inode` tells its file from one that somebody put there later.
 
     `instead_of` is the default path when a live daemon holds that one.
     """
 
     socket: socket.socket
     path: Path
-    lock_fd: int
+    inode: int
     instead_of: Path | None = None
 
     def close(self) -> None:
-        """Stop listening and take the socket file away; the lock file stays, for the next one."""
-        self.path.unlink(missing_ok=True)
+        """Stop listening and take the socket file away."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.path.lstat().st_ino == self.inode:
+                self.path.unlink()
         self.socket.close()
-        os.close(self.lock_fd)
 
 
 def claim_control_socket(path: Path | None) -> ControlSocket:
@@ -69,29 +74,37 @@ def _claim(path: Path, instead_of: Path | None) -> ControlSocket:
             path=path,
             hint="name a shorter --control",
         )
-    lock_fd = _lock(path)
-    try:
+    with _directory_lock(path):
         _remove_stale(path)
         listener = _bind(path)
-    except BaseException:
-        os.close(lock_fd)
-        raise
-    return ControlSocket(socket=listener, path=path, lock_fd=lock_fd, instead_of=instead_of)
+    return ControlSocket(
+        socket=listener, path=path, inode=path.lstat().st_ino, instead_of=instead_of
+    )
 
 
-def _lock(path: Path) -> int:
-    lock_path = path.with_name(path.name + ".lock")
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+@contextlib.contextmanager
+def _directory_lock(path: Path) -> Iterator[None]:
     try:
-        lock_fd = os.open(lock_path, flags, 0o600)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise open_error(error, lock_path) from error
+        raise open_error(error, path.parent) from error
+    deadline = time.monotonic() + _LOCK_SECONDS
     try:
-        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock_fd)
-        raise _in_use(path) from error
-    return lock_fd
+        while not _try_flock(directory):
+            if time.monotonic() > deadline:
+                raise BusyError("the directory is locked by another process", path=path.parent)
+            time.sleep(0.02)
+        yield
+    finally:
+        os.close(directory)
+
+
+def _try_flock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _remove_stale(path: Path) -> None:

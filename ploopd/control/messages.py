@@ -49,7 +49,7 @@ class DeviceList(Message, frozen=True, kw_only=True):
 
 
 class Layer(Message, frozen=True, kw_only=True):
-    """One file of the chain; the base is level 0."""
+    """One file of the chain; the top is level 0."""
 
     path: str
     kind: str

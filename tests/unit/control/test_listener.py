@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from ploopd.control import paths
-from ploopd.control.listener import claim_control_socket
+from ploopd.control.listener import ControlSocket, claim_control_socket
 from ploopd.errors import DeniedError, ExitCode, NotFoundError, PloopError, UsageError
 
 
@@ -38,8 +40,38 @@ def test_the_socket_is_private_and_goes_away(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert connects(path)
     claimed.close()
-    assert not path.exists()
+    assert list(tmp_path.iterdir()) == []
     claim_control_socket(path).close()
+
+
+def test_closing_leaves_the_socket_of_a_successor(tmp_path: Path) -> None:
+    path = tmp_path / "c.sock"
+    first = claim_control_socket(path)
+    path.unlink()
+    second = claim_control_socket(path)
+    first.close()
+    assert connects(path)
+    second.close()
+
+
+def test_daemons_that_start_together_do_not_both_get_the_path(tmp_path: Path) -> None:
+    path = tmp_path / "c.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    barrier = threading.Barrier(8)
+
+    def claim() -> ControlSocket | None:
+        barrier.wait()
+        try:
+            return claim_control_socket(path)
+        except PloopError as error:
+            return None if error.exit_code == ExitCode.ADDRESS_IN_USE else pytest.fail(str(error))
+
+    with ThreadPoolExecutor(8) as pool:
+        claimed = [one for one in pool.map(lambda _: claim(), range(8)) if one is not None]
+    assert len(claimed) == 1
+    assert connects(path)
+    claimed[0].close()
 
 
 def test_a_live_socket_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+# `make run` serves an image, `make test` tests everything; both begin on a fresh Debian 12.
+#
+#   make run [IMAGE=path] [PORTAL=host:port]
+#   make test          everything, with the peers and the user-mode-linux guest
+#   make check         style, types, layers and the quick tests
+#   make bench         ploopd, tgtd and qemu-storage-daemon side by side
+#   make setup         the virtual environment for all of them; make clean removes it
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+# Debian's python3 is built with profile-guided optimisation; others found in PATH often are not.
+PYTHON ?= $(shell test -x /usr/bin/python3 && echo /usr/bin/python3 || command -v python3 || echo python3)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+IMAGE ?=
+PORTAL ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check bench clean unit kernel
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup: $(VENV)/.stamp-test
+
+run: $(VENV)/.stamp-run
+	@exec $(BIN)/python -m ploopd.demo $(if $(PORTAL),--portal '$(PORTAL)') $(if $(IMAGE),'$(IMAGE)')
+
+test: $(VENV)/.stamp-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	tests/kernel/run.sh
+
+kernel: $(VENV)/.stamp-test
+	tests/kernel/run.sh
+
+check: $(VENV)/.stamp-test
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -m "not slow and not functional and not kernel" tests/unit
+
+bench: $(VENV)/.stamp-bench
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are set up again when pyproject.toml or this file's recipes change.
+$(VENV)/.stamp-run: pyproject.toml Makefile tools/packages
+	tools/packages run
+	$(call make_venv)
+	$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/.stamp-test: pyproject.toml Makefile tools/packages
+	tools/packages run test
+	$(call make_venv)
+	$(PIP) install --editable '.[test,dev,bench]'
+	@touch $@ $(VENV)/.stamp-run
+
+$(VENV)/.stamp-bench: $(VENV)/.stamp-test
+	tools/packages bench
+	@touch $@
+
+define make_venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11; name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# A virtual environment that was moved or half made is made again.
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+endef

@@ -1,0 +1,36 @@
+"""What the handlers of the control interface work on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ploopd.devices import Device, DeviceTable
+from ploopd.errors import NotFoundError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlContext:
+    """The daemon, as its handlers see it.
+
+    `urls(device)` are the URLs of a device; `started` is on the devices' clock.
+    """
+
+    devices: DeviceTable
+    urls: Callable[[str], list[str]]
+    iqn: str
+    portals: list[str]
+    version: str
+    started: float
+
+    def find(self, name: str) -> Device:
+        """The device called `name`.  Raises `NotFoundError`, which proposes the nearest name."""
+        try:
+            return self.devices.get(name)
+        except NotFoundError as error:
+            names = [device.name for device in self.devices]
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            if near:
+                error.hint = f"did you mean {near[0]}? See `ploopctl device list`"
+            raise

@@ -1,0 +1,263 @@
+"""The composition root: a `ServeConfig` in, a running daemon out.
+
+Knows every part and is known by none.  A start claims the control socket first, because that is
+quick to refuse, then opens the images one after the other, then the portals; an end goes the other
+way round, each step with a deadline, so that a storage that hangs cannot keep the process alive.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import trio
+
+from ploopd import __version__
+from ploopd.config import ServeConfig
+from ploopd.control import messages
+from ploopd.control.context import ControlContext
+from ploopd.control.handlers import all_operations
+from ploopd.control.interface import SERVICE_INTERFACE
+from ploopd.control.listener import ControlSocket, claim_control_socket
+from ploopd.control.server import ControlServer
+from ploopd.devices import DeviceOptions, DeviceTable, Environment
+from ploopd.errors import ExitCode, PloopError
+from ploopd.fileio.engine import IoEngine, make_engine
+from ploopd.fileio.policy import CacheMode
+from ploopd.frontends.iscsi.config import format_address
+from ploopd.frontends.iscsi.server import IscsiServer
+from ploopd.gate.limits import ParkLimits
+from ploopd.gate.state import GateState
+from ploopd.scsi.target import Target
+from ploopd.storage.opener import OpenOptions
+from scst_shim import StandbyCheck
+
+LOGOUT_GRACE = 3.0
+"""Seconds that initiators have to log out after they were asked to."""
+
+CLOSE_SECONDS = 15.0
+"""Seconds for flushing and closing all images; what hangs longer is left as it is."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """One LUN that is ready: `url` is `iscsi://HOST:PORT/IQN/LUN`, `size` bytes."""
+
+    device: str
+    url: str
+    image: str
+    size: int
+
+
+Ready = Callable[[list[Export]], None]
+
+
+async def serve_images(config: ServeConfig, ready: Ready) -> None:
+    """Serve until SIGINT or SIGTERM; calls `ready` once, when every LUN can be used.
+
+    Raises `PloopError` when it cannot start (nothing is served then) and when an image could not be
+    closed cleanly at the end.
+    """
+    config.check()
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        control = claim_control_socket(config.control)
+        try:
+            async with _running_engine(config) as engine:
+                await _Daemon(config, engine, control).run(signals, ready)
+        finally:
+            control.close()
+    log.info("event=stopped")
+
+
+@asynccontextmanager
+async def _running_engine(config: ServeConfig) -> AsyncIterator[IoEngine]:
+    """The I/O engine with its task; the last thing to end, because closing needs it."""
+    engine = make_engine("auto" if config.io == "inline" else config.io)
+    log.info("event=io-engine kind=%s", engine.kind)
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(engine.run)
+            try:
+                yield engine
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        engine.close()
+
+
+class _Daemon:
+    """The parts of one run."""
+
+    def __init__(self, config: ServeConfig, engine: IoEngine, control: ControlSocket) -> None:
+        self.config = config
+        self.control = control
+        self.check = StandbyCheck()
+        self.env = Environment(
+            engine=engine, buffers=engine.buffers, check=self.check, clock=trio.current_time
+        )
+        self.devices = DeviceTable(self.env)
+        self.target = Target(config.iscsi.iqn)
+        self.iscsi = IscsiServer(
+            config.iscsi, {config.iscsi.iqn: self.target}, clock=trio.current_time
+        )
+        self.portals: list[tuple[str, int]] = []
+        self.control_scope = trio.CancelScope()
+        self.stopping = trio.CancelScope(shield=True)
+        self.started = trio.current_time()
+
+    async def run(self, signals: AsyncIterator[int], ready: Ready) -> None:
+        """Start, wait for a signal, stop.  A second signal ends everything at once."""
+        async with trio.open_nursery() as nursery:
+            stop = trio.Event()
+            nursery.start_soon(self._watch_signals, signals, stop)
+            await nursery.start(self.devices.run)
+            problems: list[PloopError] = []
+            try:
+                if await self._start(nursery, stop):
+                    ready(self._exports())
+                    await stop.wait()
+            finally:
+                with self.stopping:
+                    problems = await self._stop(stop)
+            nursery.cancel_scope.cancel()
+        if problems:
+            raise problems[0]
+
+    async def _watch_signals(self, signals: AsyncIterator[int], stop: trio.Event) -> None:
+        async for number in signals:
+            log.info("event=signal name=%s", signal.Signals(number).name)
+            if stop.is_set():
+                self.stopping.cancel()
+            stop.set()
+
+    async def _start(self, nursery: trio.Nursery, stop: trio.Event) -> bool:
+        """Bring everything up; False when a signal came first."""
+        finished = False
+        async with trio.open_nursery() as starting:
+
+            async def give_up() -> None:
+                await stop.wait()
+                starting.cancel_scope.cancel()
+
+            starting.start_soon(give_up)
+            await self._open_devices()
+            self.portals = await nursery.start(self.iscsi.serve)
+            await nursery.start(self._serve_control)
+            finished = True
+            starting.cancel_scope.cancel()
+        return finished
+
+    async def _serve_control(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        with self.control_scope:
+            server = self._control_server()
+            await server.serve(self.control.socket, task_status=task_status)
+
+    async def _open_devices(self) -> None:
+        if self.config.standby:
+            self.check.enable()
+        options = self._device_options()
+        for lun, image in enumerate(self.config.images):
+            device = await self.devices.add(image, options)
+            self.target.add_unit(lun, device.unit)
+            device.bind()
+            for note in device.volume.notes:
+                log.warning("event=image-note device=%s note=%r", device.name, note)
+            log.info(
+                "event=device-opened device=%s lun=%d image=%r size=%d read_only=%s",
+                device.name,
+                lun,
+                image,
+                device.size,
+                device.gate.read_only,
+            )
+
+    def _device_options(self) -> DeviceOptions:
+        config = self.config
+        return DeviceOptions(
+            open=OpenOptions(
+                read_only=config.read_only,
+                cache=CacheMode(config.cache),
+                io=config.io,
+                image_root=config.image_root,
+            ),
+            write_cache=config.write_cache,
+            standby=config.standby,
+            limits=ParkLimits(park_max=config.park_max),
+        )
+
+    def _control_server(self) -> ControlServer:
+        if self.control.instead_of is not None:
+            log.warning(
+                "event=control-path path=%s reason=%r",
+                self.control.path,
+                f"another ploopd holds {self.control.instead_of}",
+            )
+        context = ControlContext(
+            devices=self.devices,
+            urls=self._urls,
+            iqn=self.target.name,
+            portals=[format_address(host, port) for host, port in self.portals],
+            version=__version__,
+            started=self.started,
+        )
+        info = messages.ServiceInfo(
+            vendor="ploopd",
+            product="ploopd",
+            version=__version__,
+            url="",
+            interfaces=[SERVICE_INTERFACE, messages.INTERFACE],
+        )
+        return ControlServer(all_operations(context), info)
+
+    def _urls(self, name: str) -> list[str]:
+        """Where initiators find the device called `name`."""
+        luns = {device.name: lun for lun, device in enumerate(self.devices)}
+        return [
+            f"iscsi://{format_address(host, port)}/{self.target.name}/{luns[name]}"
+            for host, port in self.portals
+        ]
+
+    def _exports(self) -> list[Export]:
+        return [
+            Export(
+                device=device.name,
+                url=self._urls(device.name)[0],
+                image=device.image,
+                size=device.size,
+            )
+            for device in self.devices
+        ]
+
+    async def _stop(self, stop: trio.Event) -> list[PloopError]:
+        """Log the initiators out, close the images; what could not be done cleanly."""
+        stop.set()
+        # A replacement that is under way ends here, in one piece or in standby.
+        self.control_scope.cancel()
+        if self.portals:
+            with trio.move_on_after(2 * LOGOUT_GRACE):
+                await self.iscsi.shutdown(LOGOUT_GRACE)
+        problems = [
+            PloopError(
+                f"stopped in {device.gate.state.value}; requests were left unexecuted",
+                path=device.image,
+                field="requests",
+                value=device.gate.parked_count,
+                exit_code=ExitCode.STANDBY,
+            )
+            for device in self.devices
+            if device.gate.state is not GateState.ACTIVE and device.gate.parked_count
+        ]
+        with trio.move_on_after(CLOSE_SECONDS) as closing:
+            problems += await self.devices.close()
+        if closing.cancelled_caught:
+            problems.append(PloopError(f"images did not close within {CLOSE_SECONDS:g} s"))
+        for problem in problems:
+            log.error("event=close-failed error=%r", str(problem))
+        return problems
