@@ -16,16 +16,19 @@ from ploopd.fileio.buffers import Buffer
 from ploopd.fileio.completions import Callback
 
 if TYPE_CHECKING:
-    from ploopd.fileio.file import Done, File
+    from ploopd.fileio.operation_queue import OperationQueue
 
 _AGAIN = (-errno.EINTR, -errno.EAGAIN)
 _MOST_REPEATS = 100
+
+Done = Callable[[StorageError | None], None]
+"""A completion: called once, from the loop's thread, with None for success.  Never raises."""
 
 Fallback = Callable[[int, int, Callback], None]
 
 
 class Operation(Protocol):
-    """What `File` queues and begins."""
+    """What an `OperationQueue` begins: `length` bytes long, `done` None once it is disowned."""
 
     done: Done | None
     length: int
@@ -40,8 +43,8 @@ class Transfer:
         "_at",
         "_bounce",
         "_buffer",
-        "_file",
         "_offset",
+        "_queue",
         "_reading",
         "_repeats",
         "done",
@@ -49,9 +52,15 @@ class Transfer:
     )
 
     def __init__(
-        self, file: File, buffer: memoryview, offset: int, done: Done | None, *, reading: bool
+        self,
+        queue: OperationQueue,
+        buffer: memoryview,
+        offset: int,
+        done: Done | None,
+        *,
+        reading: bool,
     ) -> None:
-        self._file = file
+        self._queue = queue
         self._buffer = buffer
         self._offset = offset
         self._reading = reading
@@ -63,15 +72,15 @@ class Transfer:
 
     def begin(self) -> None:
         if not self.length:
-            self._file.finish(self, None)
+            self._queue.finish(self, None)
             return
-        bounce = self._bounce = self._file.buffers.take(self.length)
+        bounce = self._bounce = self._queue.buffers.take(self.length)
         if not self._reading:
             bounce.view[:] = self._buffer
         self._issue(bounce)
 
     def _issue(self, bounce: Buffer) -> None:
-        backend = self._file.backend
+        backend = self._queue.backend
         if self._reading:
             backend.read(bounce, self._at, self._offset, self._complete)
         else:
@@ -101,35 +110,35 @@ class Transfer:
         if result == 0:
             missing = self.length - self._at
             text = f"short {op}: {missing} of {self.length} bytes are missing"
-            return StorageError(errno.EIO, op, path=self._file.path, offset=offset, message=text)
-        return StorageError(-result, op, path=self._file.path, offset=offset)
+            return StorageError(errno.EIO, op, path=self._queue.path, offset=offset, message=text)
+        return StorageError(-result, op, path=self._queue.path, offset=offset)
 
     def _end(self, error: StorageError | None) -> None:
         bounce, self._bounce = self._bounce, None
         if bounce is not None:
             bounce.release()
-        self._file.finish(self, error)
+        self._queue.finish(self, error)
 
 
 class Sync:
     """fdatasync."""
 
-    __slots__ = ("_file", "done", "length")
+    __slots__ = ("_queue", "done", "length")
 
-    def __init__(self, file: File, done: Done | None) -> None:
-        self._file = file
+    def __init__(self, queue: OperationQueue, done: Done | None) -> None:
+        self._queue = queue
         self.done = done
         self.length = 0
 
     def begin(self) -> None:
-        self._file.backend.fdatasync(self._complete)
+        self._queue.backend.fdatasync(self._complete)
 
     def _complete(self, result: int) -> None:
         if result == -errno.EINTR and self.done is not None:
             self.begin()
             return
-        error = None if result >= 0 else StorageError(-result, "fdatasync", path=self._file.path)
-        self._file.finish(self, error)
+        error = None if result >= 0 else StorageError(-result, "fdatasync", path=self._queue.path)
+        self._queue.finish(self, error)
 
 
 class SpaceChange:
@@ -139,18 +148,18 @@ class SpaceChange:
     EOPNOTSUPP.
     """
 
-    __slots__ = ("_fallback", "_file", "_mode", "_offset", "_size", "done", "length")
+    __slots__ = ("_fallback", "_mode", "_offset", "_queue", "_size", "done", "length")
 
     def __init__(
         self,
-        file: File,
+        queue: OperationQueue,
         mode: int,
         offset: int,
         length: int,
         fallback: Fallback,
         done: Done | None,
     ) -> None:
-        self._file = file
+        self._queue = queue
         self._mode = mode
         self._offset = offset
         self._size = length
@@ -159,7 +168,7 @@ class SpaceChange:
         self.length = 0
 
     def begin(self) -> None:
-        self._file.backend.fallocate(self._mode, self._offset, self._size, self._complete)
+        self._queue.backend.fallocate(self._mode, self._offset, self._size, self._complete)
 
     def _complete(self, result: int) -> None:
         if self.done is not None:
@@ -175,5 +184,5 @@ class SpaceChange:
         error = None
         if result < 0:
             op = "punch hole" if self._mode else "fallocate"
-            error = StorageError(-result, op, path=self._file.path, offset=self._offset)
-        self._file.finish(self, error)
+            error = StorageError(-result, op, path=self._queue.path, offset=self._offset)
+        self._queue.finish(self, error)

@@ -58,6 +58,11 @@ def filesystem_type(device: int, mountinfo: Path = Path("/proc/self/mountinfo"))
     return "unknown"
 
 
+def in_memory(filesystem: str) -> bool:
+    """Does this type of file system live in memory, so that there is no cache to bypass?"""
+    return filesystem in _MEMORY_TYPES
+
+
 def choose(io: str, cache: CacheMode, filesystem: str, engine_kind: str | None) -> Policy:
     """The policy for a file; raises `UsageError` when `io` asks for what cannot be.
 
@@ -81,7 +86,7 @@ def choose(io: str, cache: CacheMode, filesystem: str, engine_kind: str | None) 
         return policy
     if cache is CacheMode.NONE:
         return engine
-    if filesystem in _MEMORY_TYPES:
+    if in_memory(filesystem):
         return Policy.INLINE
     if filesystem in _LOCAL_TYPES:
         return Policy.NOWAIT

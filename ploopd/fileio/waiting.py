@@ -9,7 +9,7 @@ import trio
 from ploopd.errors import StorageError
 
 if TYPE_CHECKING:
-    from ploopd.fileio.file import File
+    from ploopd.fileio.operation_queue import OperationQueue
     from ploopd.fileio.operations import Operation
 
 
@@ -31,7 +31,7 @@ class Waiter:
             trio.lowlevel.reschedule(task)
 
 
-async def wait_for(file: File, operation: Operation) -> None:
+async def wait_for(queue: OperationQueue, operation: Operation) -> None:
     """Run one operation to its end.  Raises `StorageError`.
 
     Always a checkpoint.  Cancelled, it disowns the operation: whether that happens is open, and its
@@ -39,8 +39,8 @@ async def wait_for(file: File, operation: Operation) -> None:
     """
     waiter = Waiter()
     operation.done = waiter
-    file.start(operation)
-    file.backend.kick()
+    queue.start(operation)
+    queue.backend.kick()
     if waiter.ended:
         await trio.lowlevel.cancel_shielded_checkpoint()
     else:
