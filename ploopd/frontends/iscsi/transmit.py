@@ -1,0 +1,256 @@
+"""What goes out on one connection: the output arena, the queue behind it, and the numbering.
+
+Most answers are built in one *arena* and leave with one `send`.  Data that already lies in a buffer
+of its own is queued as a view between pieces of the arena and given back when it has been sent.
+The arena starts over whenever everything is sent, so it stays in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from itertools import islice
+
+from ploopd.frontends.iscsi.digest import data_digest, digest
+from ploopd.frontends.iscsi.pdu import (
+    BHS_LENGTH,
+    FINAL,
+    RESPONSE,
+    SERIAL_MASK,
+    Opcode,
+    padded,
+)
+
+COPY_LIMIT = 16 * 1024
+"""Data up to this length is copied into the arena: cheaper than another entry of an I/O vector."""
+MAX_SEGMENTS = 64
+_PADDING = (b"", b"\0\0\0", b"\0\0", b"\0")
+
+Release = Callable[[], None]
+
+
+class Transmitter:
+    """See the module's docstring.
+
+    `arena[start:op]` is what was written and not yet cut off into the queue.  The fast path writes
+    there itself; everybody else uses `emit` and `emit_data`.  `exp_cmd_sn` and `max_cmd_sn` are the
+    command window (of the session, which has one connection), `stat_sn` the next StatSN.
+    """
+
+    __slots__ = (
+        "_queue",
+        "_queued",
+        "arena",
+        "data_digest",
+        "exp_cmd_sn",
+        "header_digest",
+        "max_cmd_sn",
+        "op",
+        "progress",
+        "size",
+        "start",
+        "stat_sn",
+    )
+
+    def __init__(self, arena_size: int) -> None:
+        self.arena = memoryview(bytearray(arena_size))
+        self.size = arena_size
+        self.start = 0
+        self.op = 0
+        self.stat_sn = 1
+        self.exp_cmd_sn = 0
+        self.max_cmd_sn = 0
+        self.header_digest = False
+        self.data_digest = False
+        self.progress = 0
+        self._queue: deque[tuple[memoryview, Release | None]] = deque()
+        self._queued = 0
+
+    @property
+    def pending(self) -> int:
+        """Bytes that wait to be sent."""
+        return self._queued + self.op - self.start
+
+    def grow(self, arena_size: int) -> None:
+        """A larger arena from now on; what waits in the old one is sent first."""
+        self._cut()
+        self.arena = memoryview(bytearray(arena_size))
+        self.size = arena_size
+        self.start = self.op = 0
+
+    # -- what the socket does
+
+    def data_to_send(self) -> list[memoryview]:
+        """The next pieces, in order; empty when there is nothing."""
+        if not self._queue:
+            return [self.arena[self.start : self.op]] if self.op > self.start else []
+        pieces = [view for view, _ in islice(self._queue, MAX_SEGMENTS)]
+        if self.op > self.start and len(pieces) == len(self._queue):
+            pieces.append(self.arena[self.start : self.op])
+        return pieces
+
+    def sent(self, count: int) -> None:
+        """`count` bytes of `data_to_send()` are in the kernel."""
+        self.progress += count
+        queue = self._queue
+        while count and queue:
+            view, release = queue[0]
+            length = len(view)
+            if count < length:
+                queue[0] = (view[count:], release)
+                self._queued -= count
+                return
+            count -= length
+            self._queued -= length
+            queue.popleft()
+            if release is not None:
+                release()
+        self.start += count
+        if self.start == self.op and not queue:
+            self.start = self.op = 0
+
+    def discard(self) -> None:
+        """The connection is gone: give every queued buffer back."""
+        while self._queue:
+            _, release = self._queue.popleft()
+            if release is not None:
+                release()
+        self._queued = 0
+        self.start = self.op = 0
+
+    # -- PDUs
+
+    def next_stat_sn(self) -> int:
+        """Consume a StatSN."""
+        number = self.stat_sn
+        self.stat_sn = (number + 1) & SERIAL_MASK
+        return number
+
+    def emit(
+        self,
+        opcode: int,
+        flags: int,
+        *,
+        byte2: int = 0,
+        byte3: int = 0,
+        lun: int = 0,
+        tag: int,
+        word20: int = 0xFFFFFFFF,
+        word36: int = 0,
+        word40: int = 0,
+        word44: int = 0,
+        data: bytes | memoryview = b"",
+        status: bool = True,
+    ) -> None:
+        """Queue one PDU.  `status`: it consumes a StatSN."""
+        length = len(data)
+        header = RESPONSE.pack(
+            opcode,
+            flags,
+            byte2,
+            byte3,
+            length,
+            lun,
+            tag,
+            word20,
+            self.next_stat_sn() if status else self.stat_sn,
+            self.exp_cmd_sn,
+            self.max_cmd_sn,
+            word36,
+            word40,
+            word44,
+        )
+        self._append_header(header)
+        if length:
+            self._append(data)
+            self._append_tail(data)
+
+    def emit_data_in(
+        self,
+        *,
+        flags: int,
+        status: int,
+        tag: int,
+        data_sn: int,
+        offset: int,
+        residual: int,
+        data: memoryview,
+        release: Release | None,
+    ) -> None:
+        """Queue one SCSI Data-In.  `release` is called when `data` has been sent or copied."""
+        has_status = bool(flags & 1)
+        header = RESPONSE.pack(
+            Opcode.DATA_IN,
+            flags,
+            0,
+            status,
+            len(data),
+            0,
+            tag,
+            0xFFFFFFFF,
+            self.next_stat_sn() if has_status else 0,
+            self.exp_cmd_sn,
+            self.max_cmd_sn,
+            data_sn,
+            offset,
+            residual,
+        )
+        self._append_header(header)
+        if not data:
+            if release is not None:
+                release()
+            return
+        if len(data) <= COPY_LIMIT and self.op + len(data) <= self.size:
+            self._append(data)
+            self._append_tail(data)
+            if release is not None:
+                release()
+            return
+        tail = self._tail_of(data)
+        self._cut()
+        self._queue.append((data, release))
+        self._queued += len(data)
+        if tail:
+            self._append(tail)
+
+    def window_update(self) -> None:
+        """A NOP-In that asks for nothing: it tells the initiator the window (RFC 7143 11.19)."""
+        self.emit(Opcode.NOP_IN, FINAL, tag=0xFFFFFFFF, status=False)
+
+    def _append_header(self, header: bytes) -> None:
+        self._append(header)
+        if self.header_digest:
+            self._append(digest(header))
+
+    def _append(self, data: bytes | memoryview) -> None:
+        op = self.op
+        end = op + len(data)
+        if end <= self.size:
+            self.arena[op:end] = data
+            self.op = end
+            return
+        self._cut()
+        self._queue.append((memoryview(bytes(data)), None))
+        self._queued += len(data)
+
+    def _append_tail(self, data: bytes | memoryview) -> None:
+        tail = self._tail_of(data)
+        if tail:
+            self._append(tail)
+
+    def _tail_of(self, data: bytes | memoryview) -> bytes:
+        padding = _PADDING[len(data) & 3]
+        return padding + data_digest(data) if self.data_digest else padding
+
+    def _cut(self) -> None:
+        """Put what the arena holds behind the queue, so that something else can follow it."""
+        if self.op > self.start:
+            self._queue.append((self.arena[self.start : self.op], None))
+            self._queued += self.op - self.start
+            self.start = self.op
+
+
+def data_in_space(length: int, segment: int) -> int:
+    """Arena bytes that a read of `length` takes as Data-In PDUs of at most `segment` bytes."""
+    count = -(-length // segment)
+    return count * BHS_LENGTH + padded(length)
