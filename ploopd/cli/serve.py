@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from ploopd.cli.errors import one_line
+from ploopd.cli.hints import usage_hints
 from ploopd.cli.options import ON_OFF, seconds_or_forever
 from ploopd.units import format_size_exact
 
@@ -105,6 +108,9 @@ _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
     show_default=True,
     help="How much goes to stderr.",
 )
+@click.option(
+    "--hints", is_flag=True, help="When ready, say on stderr what to type to use the disks."
+)
 def serve(
     images: tuple[str, ...],
     portal: str,
@@ -121,6 +127,7 @@ def serve(
     acl: tuple[str, ...],
     insecure: bool,
     log_level: str,
+    hints: bool,
 ) -> None:
     """Serve each IMAGE as one LUN of an iSCSI target until SIGINT or SIGTERM.
 
@@ -139,7 +146,7 @@ def serve(
         insecure=insecure,
     )
     config = ServeConfig(
-        images=images,
+        images=tuple(os.path.abspath(image) for image in images),
         iscsi=iscsi,
         read_only=read_only,
         control=control,
@@ -157,11 +164,13 @@ def serve(
 
     from ploopd.daemon import serve_images
 
+    def announce(exports: list[Export]) -> None:
+        """Print the line of each LUN: from now on it can be used."""
+        for export in exports:
+            image = one_line(export.image)
+            click.echo(f"{export.url}  {image}  {format_size_exact(export.size)}")
+        sys.stdout.flush()
+        if hints:
+            click.echo(usage_hints(exports[0]), err=True)
+
     trio.run(serve_images, config, announce)
-
-
-def announce(exports: list[Export]) -> None:
-    """Print the line of each LUN: from now on it can be used."""
-    for export in exports:
-        click.echo(f"{export.url}  {export.image}  {format_size_exact(export.size)}")
-    sys.stdout.flush()

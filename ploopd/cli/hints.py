@@ -1,0 +1,38 @@
+"""What to type to use a disk that is being served."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ploopd.daemon import Export
+
+_HINTS = """
+The disk is ready.  In another terminal, with open-iscsi as root:
+
+  iscsiadm -m discovery -t sendtargets -p {portal}
+  iscsiadm -m node -T {iqn} -p {portal} --login
+  lsblk -S
+  mount /dev/disk/by-path/ip-{portal}-iscsi-{iqn}-lun-{lun} /mnt
+  umount /mnt
+  iscsiadm -m node -T {iqn} -p {portal} --logout
+
+with QEMU or libiscsi as any user:
+
+  qemu-img info {url}
+  qemu-img convert -p -O qcow2 {url} copy.qcow2
+  iscsi-ls -s iscsi://{portal}
+
+and to look at the daemon:
+
+  ploopctl device list
+  ploopctl device show {device}
+
+Stop it with Ctrl-C.
+"""
+
+
+def usage_hints(export: Export) -> str:
+    """The commands for the first LUN, as text."""
+    portal, iqn, lun = export.url.removeprefix("iscsi://").rsplit("/", 2)
+    return _HINTS.format(portal=portal, iqn=iqn, lun=lun, url=export.url, device=export.device)
