@@ -15,7 +15,7 @@ from ploopd.errors import StorageError, UsageError
 from ploopd.gate.events import Event, EventKind, Subscriber
 from ploopd.gate.limits import ParkLimits
 from ploopd.gate.parking import Op, Request
-from ploopd.gate.queue import BufferKeeper, RequestQueue
+from ploopd.gate.queue import RequestQueue
 from ploopd.gate.state import GateEvent, GateState, advance
 from ploopd.storage.device import BlockDevice, Done, Extent
 from scst_shim import QueueFlags, StandbyState
@@ -41,9 +41,8 @@ class Gate:
     """A block device that survives its storage; see the module's first lines.
 
     `fuses` are the device's standby flags; `clock` gives seconds; `on_event` gets every event.
-    `standby_errnos` must not contain any of HARMLESS_ERRNOS (`UsageError`).  `buffers`, if given,
-    keeps memory that hung requests still occupy from being reused.  All methods must be called from
-    the event loop's thread.
+    `standby_errnos` must not contain any of HARMLESS_ERRNOS (`UsageError`).  All methods
+    must be called from the event loop's thread.
     """
 
     __slots__ = (
@@ -53,6 +52,7 @@ class Gate:
         "_device",
         "_direct",
         "_errnos",
+        "_faulted",
         "_latch",
         "_on_event",
         "_queue",
@@ -76,7 +76,6 @@ class Gate:
         on_event: Subscriber,
         limits: ParkLimits | None = None,
         standby_errnos: Collection[int] = STANDBY_ERRNOS,
-        buffers: BufferKeeper | None = None,
     ) -> None:
         self.name = name
         self.flags = fuses
@@ -84,11 +83,12 @@ class Gate:
         self._clock = clock
         self._on_event = on_event
         self._errnos = _checked_errnos(standby_errnos)
-        self._queue = RequestQueue(device, limits or ParkLimits(), self, buffers)
+        self._queue = RequestQueue(device, limits or ParkLimits(), self)
         self._state = GateState.ACTIVE
         self._sequence = 0
         self._latch: StorageError | None = None
         self._cause = ""
+        self._faulted = False
         self._began_active = False
         self._touched = False
         self._users = 0
@@ -115,6 +115,11 @@ class Gate:
         return self._cause
 
     @property
+    def faulted(self) -> bool:
+        """Whether the storage has failed since the device was active last."""
+        return self._faulted
+
+    @property
     def limits(self) -> ParkLimits:
         return self._queue.limits
 
@@ -130,16 +135,6 @@ class Gate:
     def executing_count(self) -> int:
         """Slow operations that the device has and has not answered."""
         return self._queue.executing_count
-
-    @property
-    def disowned_count(self) -> int:
-        """Hung operations that have not come back."""
-        return self._queue.disowned_count
-
-    @property
-    def disowned_changes(self) -> int:
-        """Those of them that may still change the image they were sent to."""
-        return self._queue.disowned_changes
 
     @property
     def latched(self) -> StorageError | None:
@@ -246,7 +241,8 @@ class Gate:
         """Wait up to `deadline` seconds for requests in execution.
 
         False: some did not come back and were disowned.  They are parked in their places for
-        another execution, what they still answer is void, and their memory is kept apart.
+        another execution, and what they still answer is void.  The caller must abandon the device
+        before the next checkpoint: until then it may touch the buffers of disowned requests.
         """
         drained = await self._queue.drain(deadline)
         if not drained:
@@ -275,6 +271,7 @@ class Gate:
         event = GateEvent.RECOVER if recovering else GateEvent.LEAVE
         self._state = advance(self._state, event)
         self._cause = ""
+        self._faulted = False
         if recovering:
             self._latch = None
         self.flags.clear_standby()
@@ -288,7 +285,7 @@ class Gate:
         The device goes (back) to standby, except when it was active before, `untouched` says that
         its storage is as it was, and nothing failed or hung meanwhile: then it goes on.
         """
-        resume = untouched and self._began_active and not self._touched and not self.flags.standby
+        resume = untouched and self._began_active and not self._touched and not self._faulted
         self._state = advance(self._state, GateEvent.RESUME if resume else GateEvent.FAIL)
         self.report(EventKind.REPLACE_FAILED, error=_text(error), state=self._state.value)
         if resume:
@@ -408,6 +405,7 @@ class Gate:
     def _stop(self, event: GateEvent, cause: str, details: dict[str, str | int | float]) -> None:
         """Into standby; only the first of several faults is an event."""
         self._state = advance(self._state, event)
+        self._faulted = self._faulted or event is GateEvent.FAULT
         if not self.flags.set_standby():
             return
         self._cause = cause

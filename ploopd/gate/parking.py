@@ -123,15 +123,13 @@ class Request:
 class Attempt:
     """One execution of a request by the device; `finished` is the completion handed to it.
 
-    `void`: disowned; the result does not count any more.  `buffer` is the memory that the kernel
-    may touch until the attempt comes back.
+    `void`: disowned; the result does not count any more.
     """
 
-    __slots__ = ("buffer", "pending", "request", "void")
+    __slots__ = ("pending", "request", "void")
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.buffer = request.buffer
         self.pending: Pending | None = None
         self.void = False
 

@@ -1,4 +1,4 @@
-"""The requests of one device: in execution, parked, disowned, and how they move between these.
+"""The requests of one device: in execution, parked, released, and how they move between these.
 
 Knows nothing of fuses and states: the gate tells it when to park and when to release, and judges
 errors for it.  Every request's `done` is called exactly once, or never after a successful cancel.
@@ -18,22 +18,6 @@ from ploopd.gate.limits import ParkLimits
 from ploopd.gate.parking import Attempt, Op, ParkedRequests, Request, RequestState
 from ploopd.gate.release import ReleaseOrder
 from ploopd.storage.device import BlockDevice
-
-
-class BufferKeeper(Protocol):
-    """Who owns the memory of buffers, for requests that the kernel has not given back."""
-
-    def isolate(self, view: memoryview, *, replace: bool) -> memoryview:
-        """The kernel may use `view` until `settle(view)`: do not hand that memory out again.
-
-        With `replace` the owner's buffer gets other memory of the same length, which is returned;
-        without it, or if `view` is not the keeper's, returns `view`.
-        """
-        ...
-
-    def settle(self, view: memoryview) -> None:
-        """The kernel is done with a `view` that was isolated."""
-        ...
 
 
 class Supervisor(Protocol):
@@ -61,10 +45,8 @@ class RequestQueue:
 
     __slots__ = (
         "_attention",
-        "_disowned",
         "_executing",
         "_idle",
-        "_keeper",
         "_limit_reported",
         "_park_reported",
         "_parked",
@@ -74,19 +56,11 @@ class RequestQueue:
         "limits",
     )
 
-    def __init__(
-        self,
-        device: BlockDevice,
-        limits: ParkLimits,
-        supervisor: Supervisor,
-        keeper: BufferKeeper | None,
-    ) -> None:
+    def __init__(self, device: BlockDevice, limits: ParkLimits, supervisor: Supervisor) -> None:
         self.device = device
         self.limits = limits
         self._supervisor = supervisor
-        self._keeper = keeper
         self._executing: dict[int, Request] = {}
-        self._disowned: set[Attempt] = set()
         self._parked = ParkedRequests()
         self._release: ReleaseOrder | None = None
         self._idle: trio.Event | None = None
@@ -107,14 +81,6 @@ class RequestQueue:
     @property
     def parked_bytes(self) -> int:
         return self._parked.size
-
-    @property
-    def disowned_count(self) -> int:
-        return len(self._disowned)
-
-    @property
-    def disowned_changes(self) -> int:
-        return sum(attempt.request.changes for attempt in self._disowned)
 
     @property
     def releasing(self) -> bool:
@@ -149,7 +115,6 @@ class RequestQueue:
     def finished(self, attempt: Attempt, error: StorageError | None) -> None:
         """The device's answer to an attempt (called by the attempt)."""
         if attempt.void:
-            self._came_back(attempt)
             return
         request = attempt.request
         request.attempt = None
@@ -288,19 +253,10 @@ class RequestQueue:
             assert attempt is not None
             attempt.void = True
             request.attempt = None
-            self._disowned.add(attempt)
-            if self._keeper is not None and attempt.buffer is not None:
-                replace = request.op is Op.READ
-                request.buffer = self._keeper.isolate(attempt.buffer, replace=replace)
             if request.abandoned:
                 self.end(request, _aborted(request))
             else:
                 self.park(request)
-
-    def _came_back(self, attempt: Attempt) -> None:
-        self._disowned.discard(attempt)
-        if self._keeper is not None and attempt.buffer is not None:
-            self._keeper.settle(attempt.buffer)
 
     # -- release ---------------------------------------------------------------------------
 

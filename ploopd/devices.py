@@ -1,0 +1,410 @@
+"""A device: volume, gate and logical unit put together, and the table of all devices.
+
+A device keeps its gate, its unit and its identity for as long as it is served; the volume under the
+gate may be exchanged (`ploopd.control.recovery`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from dataclasses import dataclass, field
+
+import trio
+
+from ploopd.disownable import disownable
+from ploopd.errors import ExitCode, NotFoundError, PloopError, StorageError
+from ploopd.fileio.buffers import BufferPool
+from ploopd.fileio.engine import IoEngine
+from ploopd.gate.events import EventBus
+from ploopd.gate.filter import STANDBY_ERRNOS, Gate
+from ploopd.gate.limits import ParkLimits
+from ploopd.scsi.logical_unit import LogicalUnit
+from ploopd.storage.opener import OpenOptions, open_volume
+from ploopd.storage.volume import Volume
+from scst_shim import QueueFlags, StandbyCheck
+
+CLOSE_DEADLINE = 10.0
+"""Seconds that closing a volume may take before it is abandoned."""
+
+OPEN_THREADS = 8
+"""Volumes that are opened at once; one that hangs keeps its thread."""
+
+Inode = tuple[int, int]
+"""Device and inode number of a file."""
+
+Clock = Callable[[], float]
+Opener = Callable[[str, str | None, Volume | None], Volume]
+"""(image, new top delta or None, volume whose files are still open or None) → volume; blocking."""
+
+ReplayHook = Callable[[Volume], Awaitable[int]]
+"""Brings a replaced volume up to date before it is used; returns the bytes it has written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceOptions:
+    """How one image is served.
+
+    `standby` False: no front end sets its EN fuse, so that storage errors reach the initiator.
+    """
+
+    open: OpenOptions = field(default_factory=OpenOptions)
+    write_cache: bool = True
+    standby: bool = True
+    limits: ParkLimits = field(default_factory=ParkLimits)
+    standby_errnos: Collection[int] = STANDBY_ERRNOS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """What all devices of a daemon share.
+
+    `check` is the global fuse; `clock` gives seconds; `open_volume` opens volumes, with the options
+    of the device.
+    """
+
+    engine: IoEngine
+    buffers: BufferPool
+    check: StandbyCheck
+    events: EventBus = field(default_factory=EventBus)
+    clock: Clock = time.monotonic
+    open_limiter: trio.CapacityLimiter = field(
+        default_factory=lambda: trio.CapacityLimiter(OPEN_THREADS)
+    )
+
+    def opener(self, options: OpenOptions) -> Opener:
+        """The function that opens a device's volumes."""
+
+        def open_with(image: str, top: str | None, inherit: Volume | None) -> Volume:
+            return open_volume(image, options, self.engine, top=top, inherit=inherit)
+
+        return open_with
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedVolume:
+    """A volume and the inode of its top; `direct`: the path it was opened by is its top delta."""
+
+    volume: Volume
+    inode: Inode
+    direct: bool
+
+
+class Device:
+    """One image being served.
+
+    `run` must be running while requests are made.  `volume` is the current volume, closed after a
+    replace that failed half-way (`volume_open` False); `top` is the file that replaced the top
+    delta of a descriptor (`has_descriptor`), if one did; `top_inode` are device and inode of the
+    current top delta; `replay_hooks` run before a replaced volume is probed.
+    """
+
+    def __init__(
+        self, name: str, image: str, options: DeviceOptions, env: Environment, opener: Opener
+    ) -> None:
+        self.name = name
+        self.image = image
+        self.options = options
+        self.env = env
+        self.top: str | None = None
+        self.replacing = False
+        self.replay_hooks: list[ReplayHook] = []
+        self.flags = QueueFlags(name, env.check)
+        self._opener = opener
+        self._nursery: trio.Nursery | None = None
+        self._deadlines = trio.Event()
+        self.volume: Volume
+        self.volume_open = False
+        self.top_inode: Inode
+        self.has_descriptor = False
+        self._abandoned: list[OpenedVolume] = []
+        self.identity: uuid.UUID
+        self.gate: Gate
+        self.unit: LogicalUnit
+
+    @classmethod
+    async def open(
+        cls,
+        image: str,
+        *,
+        name: str,
+        env: Environment,
+        options: DeviceOptions | None = None,
+        opener: Opener | None = None,
+    ) -> Device:
+        """Open `image` and put a device on it.  Raises what `open_volume` raises."""
+        options = options or DeviceOptions()
+        device = cls(name, image, options, env, opener or env.opener(options.open))
+        opened = await device.open_volume(image, None, None)
+        device.install(opened)
+        device.has_descriptor = not opened.direct
+        volume = opened.volume
+        device.identity = volume.identity
+        device.gate = Gate(
+            volume,
+            name=name,
+            fuses=device.flags,
+            clock=env.clock,
+            on_event=env.events.publish,
+            limits=options.limits,
+            standby_errnos=options.standby_errnos,
+        )
+        device.unit = LogicalUnit(
+            device.gate,
+            identity=volume.identity,
+            serial=volume.identity.hex,
+            read_only=volume.read_only,
+            write_cache=options.write_cache,
+            thin=True,
+            buffers=env.buffers,
+            clock=env.clock,
+        )
+        return device
+
+    @property
+    def size(self) -> int:
+        """Bytes of the virtual disk."""
+        return self.gate.size
+
+    @property
+    def opened(self) -> OpenedVolume:
+        """The current volume with its inode."""
+        return OpenedVolume(
+            volume=self.volume, inode=self.top_inode, direct=not self.has_descriptor
+        )
+
+    # -- front ends ------------------------------------------------------------------------
+
+    def bind(self) -> None:
+        """The device is added to a front end."""
+        if self.options.standby:
+            self.gate.bind()
+
+    def unbind(self) -> None:
+        """The device is removed from a front end."""
+        if self.options.standby:
+            self.gate.unbind()
+
+    # -- life ------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Hold the device's tasks; cancel it after `close`."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            await nursery.start(self.volume.run)
+            nursery.start_soon(self._expire)
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def close(self) -> None:
+        """Close the volume; raises StorageError when it could not be closed cleanly.
+
+        A storage that hangs is abandoned after CLOSE_DEADLINE.
+        """
+        if not self.volume_open:
+            return
+        error = await self.close_volume(self.opened, CLOSE_DEADLINE)
+        if error is not None:
+            raise error
+
+    async def _expire(self) -> None:
+        """Answer BUSY to requests that have been parked for too long."""
+        self.gate.notify_parked(self._deadline_appeared)
+        while True:
+            deadline = self.gate.next_deadline()
+            if deadline is None:
+                self._deadlines = trio.Event()
+                await self._deadlines.wait()
+            else:
+                await trio.sleep(max(0.0, deadline - self.env.clock()))
+                self.gate.expire(self.env.clock())
+
+    def _deadline_appeared(self) -> None:
+        self._deadlines.set()
+
+    # -- volumes, for recovery -------------------------------------------------------------
+
+    async def open_volume(
+        self, image: str, top: str | None, inherit: Volume | None, deadline: float = math.inf
+    ) -> OpenedVolume:
+        """Open `image` (with `top` as its top delta) in a worker thread.
+
+        The thread is disowned after `deadline` seconds (PloopError, exit code TIMEOUT); a volume
+        that it still comes up with is closed again.
+        """
+
+        def blocking() -> OpenedVolume:
+            volume = self._opener(image, top, inherit)
+            path = next(layer.path for layer in volume.layers if layer.level == 0)
+            status, named = os.stat(path), os.stat(top or image)
+            return OpenedVolume(
+                volume=volume,
+                inode=(status.st_dev, status.st_ino),
+                direct=os.path.samestat(status, named),
+            )
+
+        return await disownable(
+            blocking,
+            deadline=deadline,
+            what=f"opening {top or image}",
+            undo=self._close_late,
+            limiter=self.env.open_limiter,
+        )
+
+    async def start_volume(self, volume: Volume) -> None:
+        """Run the tasks of a volume that was opened while the device is running."""
+        if self._nursery is None:
+            raise RuntimeError(f"{self.name} is not running")
+        await self._nursery.start(volume.run)
+
+    def install(self, opened: OpenedVolume) -> None:
+        """`opened` is the device's volume from now on."""
+        self.volume, self.top_inode = opened.volume, opened.inode
+        self.volume_open = True
+
+    async def close_volume(self, opened: OpenedVolume, deadline: float) -> PloopError | None:
+        """Close a volume, or abandon it after `deadline` seconds; returns what went wrong.
+
+        Never raises: whoever closes a volume that has failed expects that to fail as well.
+        """
+        volume = opened.volume
+        if volume is self.volume:
+            self.volume_open = False
+        ended = trio.Event()
+        problem: list[StorageError] = []
+
+        async def close() -> None:
+            try:
+                await volume.close()
+            except StorageError as error:
+                problem.append(error)
+                self.abandon(opened)
+            ended.set()
+
+        if self._nursery is None:
+            with trio.move_on_after(deadline):
+                await close()
+        else:  # not here: what hangs inside it must not hold the caller
+            self._nursery.start_soon(close)
+            with trio.move_on_after(deadline):
+                await ended.wait()
+        if ended.is_set():
+            return problem[0] if problem else None
+        self.abandon(opened)
+        return PloopError(
+            f"did not close within {deadline:g} s and was abandoned",
+            path=volume.path,
+            exit_code=ExitCode.TIMEOUT,
+        )
+
+    def abandon(self, opened: OpenedVolume) -> None:
+        """Let go of a volume whose storage hangs; never waits."""
+        if opened.volume is self.volume:
+            self.volume_open = False
+        opened.volume.abandon()
+        self._abandoned.append(opened)
+
+    def _close_late(self, opened: OpenedVolume) -> None:
+        """Close a volume that was opened too late."""
+        if self._nursery is None:
+            opened.volume.abandon()
+        else:
+            self._nursery.start_soon(self.close_volume, opened, CLOSE_DEADLINE)
+
+    def hung_operations(self) -> list[tuple[Inode, int]]:
+        """For each abandoned top delta how many operations have not come back from the kernel."""
+        self._abandoned = [each for each in self._abandoned if each.volume.in_flight]
+        return [(each.inode, each.volume.in_flight) for each in self._abandoned]
+
+
+class DeviceTable:
+    """The devices of a daemon by name, in the order in which they were added (their LUNs).
+
+    `run` must be running before `add`.
+    """
+
+    def __init__(self, env: Environment) -> None:
+        self.env = env
+        self._devices: dict[str, Device] = {}
+        self._nursery: trio.Nursery | None = None
+
+    def __len__(self) -> int:
+        return len(self._devices)
+
+    def __iter__(self) -> Iterator[Device]:
+        return iter(tuple(self._devices.values()))
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Hold the devices' tasks until cancelled (after `close`)."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def add(
+        self, image: str, options: DeviceOptions | None = None, *, opener: Opener | None = None
+    ) -> Device:
+        """Open `image` and serve it under a name made from its file name."""
+        if self._nursery is None:
+            raise RuntimeError("the device table is not running")
+        name = unique_name(device_name(image), self._devices)
+        device = await Device.open(image, name=name, env=self.env, options=options, opener=opener)
+        await self._nursery.start(device.run)
+        self._devices[name] = device
+        return device
+
+    def get(self, name: str) -> Device:
+        """The device called `name`, or else the only one that serves that image.
+
+        Raises `NotFoundError`.
+        """
+        device = self._devices.get(name)
+        if device is not None:
+            return device
+        path = os.path.abspath(name)
+        found = [each for each in self if os.path.abspath(each.image) == path]
+        if len(found) == 1:
+            return found[0]
+        names = ", ".join(self._devices) or "none"
+        raise NotFoundError(
+            "no such device", field="device", value=name, hint=f"there are: {names}"
+        )
+
+    async def close(self) -> list[PloopError]:
+        """Close all devices at the same time; returns what went wrong with which."""
+        problems: list[PloopError] = []
+
+        async def close(device: Device) -> None:
+            try:
+                await device.close()
+            except PloopError as error:
+                problems.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for device in self:
+                nursery.start_soon(close, device)
+        return problems
+
+
+def device_name(image: str) -> str:
+    """A name for the device that serves `image`: its file name without the extension, or that of
+    the directory for a descriptor; only letters, digits, dot, dash and underscore."""
+    path = os.path.abspath(image)
+    base = os.path.basename(path)
+    if base == "DiskDescriptor.xml":
+        base = os.path.basename(os.path.dirname(path))
+    stem = os.path.splitext(base)[0] or base
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "disk"
+
+
+def unique_name(name: str, taken: Collection[str]) -> str:
+    """`name`, or the first of name-2, name-3, … that is not taken."""
+    number, candidate = 1, name
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}-{number}"
+    return candidate
