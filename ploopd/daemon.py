@@ -12,6 +12,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import trio
 
@@ -54,7 +55,8 @@ class Export:
     size: int
 
 
-Ready = Callable[[list[Export]], None]
+Ready = Callable[[list[Export], Path], None]
+"""Called with the LUNs and the path of the control socket."""
 
 
 async def serve_images(config: ServeConfig, ready: Ready) -> None:
@@ -119,7 +121,7 @@ class _Daemon:
             problems: list[PloopError] = []
             try:
                 if await self._start(nursery, stop):
-                    ready(self._exports())
+                    ready(self._exports(), self.control.path)
                     await stop.wait()
             finally:
                 with self.stopping:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ploopd.control.paths import default_control_path
 
 if TYPE_CHECKING:
     from ploopd.daemon import Export
@@ -25,14 +29,24 @@ with QEMU or libiscsi as any user:
 
 and to look at the daemon:
 
-  ploopctl device list
-  ploopctl device show {device}
+  {ploopctl} device list
+  {ploopctl} device show {device}
 
 Stop it with Ctrl-C.
 """
 
 
-def usage_hints(export: Export) -> str:
-    """The commands for the first LUN, as text."""
+def usage_hints(export: Export, control: Path) -> str:
+    """The commands for one LUN, as text."""
     portal, iqn, lun = export.url.removeprefix("iscsi://").rsplit("/", 2)
-    return _HINTS.format(portal=portal, iqn=iqn, lun=lun, url=export.url, device=export.device)
+    ploopctl = "ploopctl"
+    if control != default_control_path():
+        ploopctl += f" --control {shlex.quote(str(control))}"
+    return _HINTS.format(
+        portal=portal,
+        iqn=iqn,
+        lun=lun,
+        url=export.url,
+        device=export.device,
+        ploopctl=ploopctl,
+    )

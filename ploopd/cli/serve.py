@@ -164,13 +164,13 @@ def serve(
 
     from ploopd.daemon import serve_images
 
-    def announce(exports: list[Export]) -> None:
+    def announce(exports: list[Export], control_path: Path) -> None:
         """Print the line of each LUN: from now on it can be used."""
         for export in exports:
             image = one_line(export.image)
             click.echo(f"{export.url}  {image}  {format_size_exact(export.size)}")
         sys.stdout.flush()
         if hints:
-            click.echo(usage_hints(exports[0]), err=True)
+            click.echo(usage_hints(exports[0], control_path), err=True)
 
     trio.run(serve_images, config, announce)
