@@ -110,6 +110,17 @@ def open_volume(
     return Volume(core, stack, engine, path=name, identity=identity, notes=notes)
 
 
+def open_stack(path: str | os.PathLike[str], *, locking: bool = True) -> tuple[DiskFiles, Stack]:
+    """The files of the disk at `path` opened for blocking reads, not yet compared with each other.
+
+    `locking` False also opens what is being written to elsewhere: right for a look at the headers.
+    Raises like `open_volume`.
+    """
+    options = OpenOptions(read_only=True)
+    files = locate(os.fspath(path), options.image_root, options.format)
+    return files, _Opener(options, None, REAL, None, locking).open(files)
+
+
 def _with_top(files: DiskFiles, top: str) -> DiskFiles:
     old = files.images[-1]
     single = len(files.images) == 1
@@ -123,9 +134,15 @@ class _Opener:
     """Opens and locks the files of one disk."""
 
     def __init__(
-        self, options: OpenOptions, engine: IoEngine, layer: OsLayer, inherit: Volume | None
+        self,
+        options: OpenOptions,
+        engine: IoEngine | None,
+        layer: OsLayer,
+        inherit: Volume | None,
+        locking: bool = True,
     ) -> None:
         self._options = options
+        self._locking = locking
         self._engine = engine
         self._layer = layer
         self._held = set() if inherit is None else inherit.inode_numbers()
@@ -149,7 +166,8 @@ class _Opener:
         file = self._open_file(files, image, writable)
         try:
             inode = inode_number(file)
-            self._lock(file, inode, writer=writable, base=base and not self._options.read_only)
+            if self._locking:
+                self._lock(file, inode, writer=writable, base=base and not self._options.read_only)
             size = file.size()
             kind = image.format
             if kind is ImageFormat.AUTO:
@@ -177,36 +195,63 @@ class _Opener:
                 return
 
     def _open_file(self, files: DiskFiles, image: ImageFile, writable: bool) -> File:
-        if image.root is None:
-            return self._open_at(image.path, None, writable)
-        try:
-            directory = os.open(image.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise open_error(error, image.root) from error
-        try:
-            file = self._open_at(image.path, directory, writable)
-        except NotFoundError as error:
-            raise DescriptorError(
-                "an image file does not exist", path=files.path, field="File", value=image.path
-            ) from error
-        except DescriptorError as error:
-            error.path = files.path
-            raise
-        finally:
-            os.close(directory)
-        file.path = image.full_path
-        return file
-
-    def _open_at(self, path: str, dir_fd: int | None, writable: bool) -> File:
-        return File.open(
-            path,
+        return open_image(
+            image,
+            files.path,
             read_only=not writable,
             engine=self._engine,
             cache=self._options.cache,
-            dir_fd=dir_fd,
             layer=self._layer,
             io=self._options.io,
         )
+
+
+def open_image(
+    image: ImageFile,
+    descriptor: str,
+    *,
+    read_only: bool,
+    engine: IoEngine | None,
+    cache: CacheMode = CacheMode.WRITEBACK,
+    layer: OsLayer = REAL,
+    io: str = "auto",
+) -> File:
+    """Open one file of a disk, beneath its root if it has one; `descriptor` is named in errors.
+
+    Raises like `File.open`; a file that a descriptor names and that is not there is a
+    DescriptorError.
+    """
+
+    def open_at(dir_fd: int | None) -> File:
+        return File.open(
+            image.path,
+            read_only=read_only,
+            engine=engine,
+            cache=cache,
+            dir_fd=dir_fd,
+            layer=layer,
+            io=io,
+        )
+
+    if image.root is None:
+        return open_at(None)
+    try:
+        directory = os.open(image.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise open_error(error, image.root) from error
+    try:
+        file = open_at(directory)
+    except NotFoundError as error:
+        raise DescriptorError(
+            "an image file does not exist", path=descriptor, field="File", value=image.path
+        ) from error
+    except DescriptorError as error:
+        error.path = descriptor
+        raise
+    finally:
+        os.close(directory)
+    file.path = image.full_path
+    return file
 
 
 def _close(file: File) -> None:
