@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 Callback = Callable[[int], None]
 """What an operation ends with, in the loop's thread: a result ≥ 0 or a negative errno."""
@@ -28,12 +29,15 @@ class Completions:
             os.eventfd_write(self.fd, 1)
 
     def drain(self) -> None:
-        """Take the wake-up back, before looking at what there is."""
-        self._signalled = False
-        try:
+        """Take the wake-up back, before looking at what there is.
+
+        In this order: a result that finds `_signalled` set has been queued before it is cleared, so
+        whoever looks then sees it.  The other way round a wake-up could be read that belongs to a
+        result posted in between, and the flag would stay set for ever.
+        """
+        with suppress(BlockingIOError):
             os.eventfd_read(self.fd)
-        except BlockingIOError:
-            return
+        self._signalled = False
 
     def deliver(self) -> None:
         """Call back everything that is there now; the callbacks may queue more."""

@@ -47,8 +47,8 @@ class File:
     Data operations are for the event loop's thread.  Every one started by `read`, `write`, `sync`,
     `allocate` or `punch` ends in one call of `done`, in that thread, perhaps before the method
     returns; they begin with the next `kick` of the engine.  Only `abandon` changes that: then
-    `done` is never called.  With CacheMode.NONE, clusters must be whole pages: what is not aligned to 512
-    goes through the page cache and must share no page with what is.
+    `done` is never called.  With CacheMode.NONE, clusters must be whole pages: what is not aligned
+    to 512 goes through the page cache and must share no page with what is.
     """
 
     def __init__(self, opened: Opened, engine: IoEngine | None) -> None:
