@@ -108,6 +108,8 @@ def _refusal(error: OSError, name: str) -> PloopError:
             value=name,
             hint="keep all deltas beneath the descriptor's directory",
         )
+    if error.errno == errno.EISDIR:
+        return DescriptorError("is not a regular file", path=name, field="type", value="directory")
     if error.errno == errno.ENOTDIR:
         return DescriptorError("a part of it is not a directory", field="File", value=name)
     return open_error(error, name)
