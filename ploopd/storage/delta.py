@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Final
 
@@ -101,8 +102,16 @@ class Delta:
         self._write_header(self.header.replace(in_use=IN_USE, ext_offset_sectors=0, flags=0))
 
     def mark_closed(self) -> None:
-        """Clear the in-use word and sync; everything else must be on stable storage."""
-        self._write_header(self.header.replace(in_use=CLOSED_V20))
+        """Clear the in-use word and sync; everything else must be on stable storage.
+
+        If that fails the word is set again, as far as the storage lets us.
+        """
+        try:
+            self._write_header(self.header.replace(in_use=CLOSED_V20))
+        except StorageError:
+            with contextlib.suppress(StorageError):
+                self.file.pwrite(self.header.pack(), 0)
+            raise
 
     def _write_header(self, header: PvdHeader) -> None:
         self.file.pwrite(header.pack(), 0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -122,3 +124,20 @@ async def open_disk(
                 await volume.close()
         else:
             volume.abandon()
+            paths = [layer.path for layer in volume.layers]
+            await trio.to_thread.run_sync(_wait_until_closed, paths)
+
+
+def _wait_until_closed(paths: list[str]) -> None:
+    """Wait until the descriptors that are closed in the background are."""
+    wanted = {os.path.realpath(path) for path in paths}
+    deadline = time.monotonic() + DEADLINE
+    while wanted & set(_open_files()):
+        assert time.monotonic() < deadline, "an abandoned volume still has its files"
+        time.sleep(0.001)
+
+
+def _open_files() -> Iterator[str]:
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            yield os.readlink(f"/proc/self/fd/{fd}")
