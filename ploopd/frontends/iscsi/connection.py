@@ -174,9 +174,9 @@ class Connection:
         """Pieces to send, in order."""
         return self._tx.data_to_send()
 
-    def sent(self, count: int) -> None:
-        """`count` bytes of `data_to_send()` have been taken by the kernel."""
-        self._tx.sent(count)
+    def sent(self, count: int) -> bool:
+        """`count` bytes of `data_to_send()` have been taken by the kernel; True if it was all."""
+        return self._tx.sent(count)
 
     def abort(self, reason: str) -> None:
         """End without sending what waits."""

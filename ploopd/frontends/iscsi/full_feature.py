@@ -93,6 +93,8 @@ class FullFeature:
             if fast is not None and fast.run():
                 paused = True
                 break
+            if receiver.position == receiver.fill:
+                break
             if tx.pending >= tx.size:
                 paused = True
                 break

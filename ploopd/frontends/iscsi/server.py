@@ -24,8 +24,11 @@ from ploopd.scsi.target import Target
 logger = logging.getLogger(__name__)
 
 BACKLOG = 256
-ROUNDS = 16
+ROUNDS = 32
 """Batches handled in a row before other tasks get their turn."""
+MISSES = 4
+"""Receive calls that found nothing, until it is waited for readiness first: an initiator with one
+command at a time never has the next one ready."""
 TICK = 1.0
 RESOURCE_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 RESOURCE_PAUSE = 0.1
@@ -101,7 +104,8 @@ class _Link:
         try:
             while pieces := engine.data_to_send():
                 count = sock.send(pieces[0]) if len(pieces) == 1 else sock.sendmsg(pieces)
-                engine.sent(count)
+                if engine.sent(count):
+                    break
         except BlockingIOError:
             self.blocked = True
             self.writable.wake()
@@ -304,16 +308,19 @@ class IscsiServer:
         """The reader: everything that arrived, as one batch, answered at once."""
         engine, sock, clock = link.engine, link.sock, self._clock
         recv_into, flush = sock.recv_into, link.flush
-        rounds = 0
+        rounds = misses = 0
         while True:
             space = engine.receive_buffer()
             if engine.paused or not space:
                 await link.room.sleep()
                 continue
+            if misses >= MISSES:
+                await trio.lowlevel.wait_readable(sock)
             try:
                 count = recv_into(space)
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(sock)
+                misses += 1
                 rounds = 0
                 continue
             except OSError as error:
@@ -326,7 +333,7 @@ class IscsiServer:
             flush()
             rounds += 1
             if rounds >= ROUNDS or engine.wants_close:
-                rounds = 0
+                rounds = misses = 0
                 await trio.lowlevel.checkpoint()
 
     async def _write(self, link: _Link) -> None:

@@ -89,8 +89,8 @@ class Transmitter:
             pieces.append(self.arena[self.start : self.op])
         return pieces
 
-    def sent(self, count: int) -> None:
-        """`count` bytes of `data_to_send()` are in the kernel."""
+    def sent(self, count: int) -> bool:
+        """`count` bytes of `data_to_send()` are in the kernel; True if that was everything."""
         self.progress += count
         queue = self._queue
         while count and queue:
@@ -99,7 +99,7 @@ class Transmitter:
             if count < length:
                 queue[0] = (view[count:], release)
                 self._queued -= count
-                return
+                return False
             count -= length
             self._queued -= length
             queue.popleft()
@@ -108,6 +108,8 @@ class Transmitter:
         self.start += count
         if self.start == self.op and not queue:
             self.start = self.op = 0
+            return True
+        return False
 
     def discard(self) -> None:
         """The connection is gone: give every queued buffer back."""
