@@ -208,8 +208,7 @@ class RequestQueue:
                 break
             if request.state is RequestState.PARKED:
                 count += 1
-                self._drop(request)
-                self.end(request, ParkTimeoutError(request.op.value))
+                self._drop(request, ParkTimeoutError(request.op.value))
         if count:
             self._supervisor.report(EventKind.PARK_EXPIRED, count=count, parked=len(self._parked))
         return count
@@ -218,15 +217,17 @@ class RequestQueue:
         """End every parked request with the error that `error(request)` makes."""
         for request in self._parked.in_order():
             if request.state is RequestState.PARKED:
-                self._drop(request)
-                self.end(request, error(request))
+                self._drop(request, error(request))
 
-    def _drop(self, request: Request) -> None:
-        """Take a request out of the parked ones, and out of the way of those behind it."""
+    def _drop(self, request: Request, error: StorageError | None = None) -> None:
+        """Take a request out of the parked ones, answer it if there is an `error`, and let those
+        behind it go."""
         self._parked.remove(request)
         request.state = RequestState.ENDED
+        if error is not None:
+            self.end(request, error)
         if self._release is not None:
-            self._release.ended(request)
+            self._release.withdraw(request)
             self._pump(self._release)
 
     # -- draining --------------------------------------------------------------------------
@@ -288,8 +289,7 @@ class RequestQueue:
                 self._parked.remove(request)
                 self.start(request)
             else:
-                self._drop(request)
-                self.end(request, refusal)
+                self._drop(request, refusal)
         order.pumping = False
         if self._release is not order:
             return

@@ -27,6 +27,7 @@ class ReleaseOrder:
         "_starts",
         "_successors",
         "_waits",
+        "_withdrawn",
         "_writers",
         "pumping",
         "ready",
@@ -43,6 +44,7 @@ class ReleaseOrder:
         self._since_flush: list[Request] = []
         self._open: set[Request] = set()
         self._waits: dict[Request, int] = {}
+        self._withdrawn: set[Request] = set()
         self._successors: dict[Request, list[Request]] = {}
 
     def add(self, request: Request) -> None:
@@ -58,12 +60,26 @@ class ReleaseOrder:
 
     def ended(self, request: Request) -> None:
         """`request` will not run any more: its successors wait for one thing less."""
-        self._open.discard(request)
-        for successor in self._successors.pop(request, ()):
-            self._waits[successor] -= 1
-            if self._waits[successor] == 0:
+        ended = [request]
+        while ended:
+            gone = ended.pop()
+            self._open.discard(gone)
+            for successor in self._successors.pop(gone, ()):
+                self._waits[successor] -= 1
+                if self._waits[successor]:
+                    continue
                 del self._waits[successor]
-                self.ready.append(successor)
+                if successor in self._withdrawn:
+                    ended.append(successor)
+                else:
+                    self.ready.append(successor)
+
+    def withdraw(self, request: Request) -> None:
+        """`request` will never run, but those behind it still wait for those before it."""
+        if request in self._waits:
+            self._withdrawn.add(request)
+        else:
+            self.ended(request)
 
     def _predecessors(self, request: Request) -> set[Request]:
         if request.op is Op.FLUSH:

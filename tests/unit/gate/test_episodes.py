@@ -1,0 +1,15 @@
+"""Random standby episodes in virtual time, checked by a model of order and exactly-once."""
+
+from __future__ import annotations
+
+import os
+
+from tests.support.episodes import play
+
+EPISODES = int(os.environ.get("PLOOPD_EPISODES", "2000"))
+"""How many; a longer run sets the variable (100,000 take about ten minutes)."""
+
+
+def test_no_episode_contradicts_the_model() -> None:
+    entered = play(range(EPISODES))
+    assert entered > EPISODES // 2  # or the episodes would prove nothing
