@@ -18,7 +18,7 @@ from typing import Literal
 
 import msgspec
 
-from ploopd.errors import DeniedError, ExitCode, PloopError, UsageError, open_error
+from ploopd.errors import DeniedError, ExitCode, NotFoundError, PloopError, UsageError, open_error
 from ploopd.frontends.iscsi.config import (
     DEFAULT_PORT,
     ChapAccount,
@@ -63,10 +63,12 @@ class ServeConfig:
     image_root: Path | None = None
 
     def check(self) -> None:
-        """Raises `UsageError` or `ConfigError` for values that make no sense together."""
+        """Raises a `PloopError` for values that are wrong or make no sense together."""
         if not self.images:
             raise UsageError("no image is named")
         self.iscsi.check()
+        if self.image_root is not None and not self.image_root.is_dir():
+            raise NotFoundError("is not a directory", path=self.image_root, hint="see --image-root")
 
 
 def default_iqn() -> str:
