@@ -2,6 +2,7 @@
 #
 #   make run [IMAGE=path] [PORTAL=host:port]
 #   make test          everything, with the peers and the user-mode-linux guest
+#   make kernel        only the tests in the user-mode-linux guest
 #   make check         style, types, layers and the quick tests
 #   make bench         ploopd, tgtd and qemu-storage-daemon side by side
 #   make setup         the virtual environment for all of them; make clean removes it
@@ -18,7 +19,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check bench clean unit kernel
+.PHONY: help setup run test kernel check bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -30,10 +31,9 @@ run: $(VENV)/.stamp-run
 
 test: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
-	tests/kernel/run.sh
 
 kernel: $(VENV)/.stamp-test
-	tests/kernel/run.sh
+	$(BIN)/python -m pytest tests/kernel $(PYTEST_ARGS)
 
 check: $(VENV)/.stamp-test
 	$(BIN)/ruff format --check
