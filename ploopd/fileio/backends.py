@@ -53,7 +53,13 @@ class EngineBackend:
     """
 
     def __init__(
-        self, engine: IoEngine, fd: int, layer: OsLayer, direct_fd: int | None = None
+        self,
+        engine: IoEngine,
+        fd: int,
+        layer: OsLayer,
+        direct_fd: int | None = None,
+        *,
+        may_stall: bool = False,
     ) -> None:
         self._engine = engine
         self._fd = fd
@@ -61,6 +67,8 @@ class EngineBackend:
         self._direct_fd = fd if direct_fd is None else direct_fd
         self._mask = 0 if direct_fd is None else DIRECT_ALIGNMENT - 1
         self.kick = engine.kick
+        engine.may_stall(self._fd, may_stall)
+        engine.may_stall(self._direct_fd, may_stall)
 
     def read(self, buffer: Buffer, start: int, offset: int, callback: Callback) -> None:
         aligned = not (offset | start | buffer.length) & self._mask

@@ -35,6 +35,10 @@ class IoEngine(Protocol):
         """Where the buffers of its operations come from."""
         ...
 
+    def may_stall(self, fd: int, stalls: bool) -> None:
+        """Say of an `fd` that is going to be used whether its file system can hang (FUSE, NFS)."""
+        ...
+
     def read(self, fd: int, buffer: Buffer, start: int, offset: int, callback: Callback) -> None:
         """Fill `buffer` from its byte `start` on with what is at `offset + start`."""
         ...

@@ -29,7 +29,7 @@ from ploopd.fileio.opening import Opened, close_quietly, open_file
 from ploopd.fileio.operation_queue import OperationQueue
 from ploopd.fileio.operations import Done, SpaceChange, Sync, Transfer
 from ploopd.fileio.oslayer import REAL, OsLayer
-from ploopd.fileio.policy import CacheMode, Policy
+from ploopd.fileio.policy import CacheMode, Policy, may_stall
 from ploopd.fileio.waiting import wait_for
 
 __all__ = ["CacheMode", "Done", "File", "Policy"]
@@ -304,7 +304,8 @@ def _backend(opened: Opened, engine: IoEngine | None) -> Backend:
     if engine is None:
         return BlockingBackend(opened.fd, opened.layer)
     if opened.layer is REAL and (opened.policy is not Policy.THREADS or engine.kind == "threads"):
-        return EngineBackend(engine, opened.fd, opened.layer, opened.direct_fd)
+        stalls = may_stall(opened.filesystem)
+        return EngineBackend(engine, opened.fd, opened.layer, opened.direct_fd, may_stall=stalls)
     return LayerBackend(engine, opened.fd, opened.layer, opened.direct_fd)
 
 

@@ -63,6 +63,15 @@ def in_memory(filesystem: str) -> bool:
     return filesystem in _MEMORY_TYPES
 
 
+def may_stall(filesystem: str) -> bool:
+    """Can this type of file system make a thread sleep that only submits an operation?
+
+    Local ones and memory cannot.  Everything with a server behind it can, and so may what nobody
+    knows.
+    """
+    return filesystem not in _MEMORY_TYPES and filesystem not in _LOCAL_TYPES
+
+
 def choose(io: str, cache: CacheMode, filesystem: str, engine_kind: str | None) -> Policy:
     """The policy for a file; raises `UsageError` when `io` asks for what cannot be.
 

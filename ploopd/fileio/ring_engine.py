@@ -15,7 +15,7 @@ import trio
 from ploopd.fileio.buffers import Buffer, BufferPool
 from ploopd.fileio.completions import Callback, Completions
 from ploopd.fileio.thread_engine import ThreadEngine
-from ploopd.fileio.uring import CANCEL_ALL_OF_FD, FSYNC_DATASYNC, Opcode, Ring
+from ploopd.fileio.uring import ASYNC, CANCEL_ALL_OF_FD, FSYNC_DATASYNC, Opcode, Ring
 
 WORKERS = 512
 """Kernel workers for operations that block; they exist only while they are needed."""
@@ -23,8 +23,8 @@ WORKERS = 512
 _MAX_ROUNDS = 8
 _RETRY = 0.01
 
-_Entry = tuple[int, int, int, int, int, int, int]
-"""opcode, fd, address, length, offset, tag, op_flags: what `Ring.push` takes."""
+_Entry = tuple[int, int, int, int, int, int, int, int]
+"""opcode, fd, address, length, offset, tag, op_flags, sqe_flags: what `Ring.push` takes."""
 
 
 class RingEngine:
@@ -51,6 +51,7 @@ class RingEngine:
         self._threads = ThreadEngine(buffers=self.buffers, completions=self._results)
         self._operations: dict[int, tuple[int, Buffer | None, Callback]] = {}
         self._backlog: deque[_Entry] = deque()
+        self._stalling: set[int] = set()
         self._tag = 0
         self._pumping = False
         self._closed = False
@@ -60,6 +61,17 @@ class RingEngine:
         """Operations of the ring that have not come back."""
         return len(self._operations)
 
+    def may_stall(self, fd: int, stalls: bool) -> None:
+        """Whether reads and writes of `fd` are for the kernel's workers from the start.
+
+        io_uring tries every operation in the submitting thread first.  FUSE accepts that try and
+        then sleeps in it while its queue of background requests (12 by default) is full.
+        """
+        if stalls:
+            self._stalling.add(fd)
+        else:
+            self._stalling.discard(fd)
+
     # Operations: queued here, begun by the next kick.
 
     def read(self, fd: int, buffer: Buffer, start: int, offset: int, callback: Callback) -> None:
@@ -67,7 +79,16 @@ class RingEngine:
         self._tag = tag = self._tag + 1
         self._operations[tag] = (fd, buffer, callback)
         self._push(
-            (Opcode.READ, fd, buffer.address + start, buffer.length - start, offset + start, tag, 0)
+            (
+                Opcode.READ,
+                fd,
+                buffer.address + start,
+                buffer.length - start,
+                offset + start,
+                tag,
+                0,
+                ASYNC if fd in self._stalling else 0,
+            )
         )
 
     def write(self, fd: int, buffer: Buffer, start: int, offset: int, callback: Callback) -> None:
@@ -83,6 +104,7 @@ class RingEngine:
                 offset + start,
                 tag,
                 0,
+                ASYNC if fd in self._stalling else 0,
             )
         )
 
@@ -90,13 +112,13 @@ class RingEngine:
         """Bring what was written to `fd` to stable storage."""
         self._tag = tag = self._tag + 1
         self._operations[tag] = (fd, None, callback)
-        self._push((Opcode.FSYNC, fd, 0, 0, 0, tag, FSYNC_DATASYNC))
+        self._push((Opcode.FSYNC, fd, 0, 0, 0, tag, FSYNC_DATASYNC, 0))
 
     def fallocate(self, fd: int, mode: int, offset: int, length: int, callback: Callback) -> None:
         """fallocate(2); the entry has the length where others have the address."""
         self._tag = tag = self._tag + 1
         self._operations[tag] = (fd, None, callback)
-        self._push((Opcode.FALLOCATE, fd, length, mode, offset, tag, 0))
+        self._push((Opcode.FALLOCATE, fd, length, mode, offset, tag, 0, 0))
 
     def call(
         self,
@@ -120,7 +142,7 @@ class RingEngine:
         if any(owner == fd for owner, _, _ in self._operations.values()):
             self._tag = tag = self._tag + 1
             self._operations[tag] = (-1, None, _ignore)
-            self._push((Opcode.ASYNC_CANCEL, fd, 0, 0, 0, tag, CANCEL_ALL_OF_FD))
+            self._push((Opcode.ASYNC_CANCEL, fd, 0, 0, 0, tag, CANCEL_ALL_OF_FD, 0))
 
     def _push(self, entry: _Entry) -> None:
         if (

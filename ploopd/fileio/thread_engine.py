@@ -88,6 +88,9 @@ class ThreadEngine:
 
     # Operations: queued here, executed after the next kick.
 
+    def may_stall(self, fd: int, stalls: bool) -> None:
+        """Nothing to do: no operation begins in the loop's thread."""
+
     def read(self, fd: int, buffer: Buffer, start: int, offset: int, callback: Callback) -> None:
         """Fill `buffer` from its byte `start` on with what is at `offset + start`."""
         arguments = (fd, (buffer.view[start:],), offset + start)

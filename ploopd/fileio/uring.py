@@ -64,6 +64,8 @@ class Opcode(IntEnum):
 
 
 FSYNC_DATASYNC = 1
+ASYNC = 1 << 4
+"""IOSQE_ASYNC: a kernel worker does it from the start, so that submitting never waits."""
 
 
 class Ring:
@@ -121,6 +123,7 @@ class Ring:
         offset: int,
         tag: int,
         op_flags: int = 0,
+        sqe_flags: int = 0,
     ) -> bool:
         """Queue an operation, or say False: the ring is full, `submit` first.
 
@@ -133,7 +136,7 @@ class Ring:
             self._sqes,
             (tail & self._sq_mask) * _SQE_SIZE,
             opcode,
-            0,
+            sqe_flags,
             0,
             fd,
             offset,

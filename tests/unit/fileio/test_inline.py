@@ -44,53 +44,42 @@ def test_hits_are_always_tried() -> None:
     assert kernel.flags == {os.RWF_NOWAIT}
 
 
-def attempts(inline: NowaitInline, kernel: Answers, reads: int) -> int:
+def attempts(inline: NowaitInline, kernel: Answers, count: int, verb: str = "try_read") -> int:
     before = kernel.calls
-    for _ in range(reads):
-        assert not inline.try_read(VIEW, 0)
+    for _ in range(count):
+        assert not getattr(inline, verb)(VIEW, 0)
     return kernel.calls - before
 
 
+@pytest.mark.parametrize("verb", ["try_read", "try_write"])
 @pytest.mark.parametrize("answer", [refusal(errno.EAGAIN), 100, 0])
-def test_misses_in_a_row_are_left_out_for_longer_and_longer(answer: int | OSError) -> None:
+def test_misses_in_a_row_are_left_out_for_longer_and_longer(
+    answer: int | OSError, verb: str
+) -> None:
     kernel = Answers()
     kernel.answer = answer
     inline = NowaitInline(3, "image", kernel)
-    assert attempts(inline, kernel, PATIENCE) == PATIENCE
+    assert attempts(inline, kernel, PATIENCE, verb) == PATIENCE
     pause = SKIP_FIRST
     while pause <= SKIP_MOST:
-        assert attempts(inline, kernel, pause) == 0
-        assert attempts(inline, kernel, 1) == 1
+        assert attempts(inline, kernel, pause, verb) == 0
+        assert attempts(inline, kernel, 1, verb) == 1
         pause *= 2
-    assert attempts(inline, kernel, 10 * (SKIP_MOST + 1)) == 10  # never longer than that
+    assert attempts(inline, kernel, 10 * (SKIP_MOST + 1), verb) == 10  # never longer than that
     kernel.answer = 512
-    while not inline.try_read(VIEW, 0):
+    while not getattr(inline, verb)(VIEW, 0):
         pass
-    assert all(inline.try_read(VIEW, 0) for _ in range(100))
+    assert all(getattr(inline, verb)(VIEW, 0) for _ in range(100))
     kernel.answer = refusal(errno.EAGAIN)
-    assert attempts(inline, kernel, PATIENCE) == PATIENCE  # patient again after a hit
+    assert attempts(inline, kernel, PATIENCE, verb) == PATIENCE  # patient again after a hit
 
 
-def test_a_file_system_without_nowait_is_hardly_asked_again() -> None:
+@pytest.mark.parametrize("verb", ["try_read", "try_write"])
+def test_a_file_system_without_nowait_is_not_asked_again(verb: str) -> None:
     kernel = Answers()
     kernel.answer = refusal(errno.EOPNOTSUPP)
     inline = NowaitInline(3, "image", kernel)
-    assert attempts(inline, kernel, SKIP_MOST) == 1
-
-
-def test_writes_are_tried_until_the_file_system_refuses() -> None:
-    kernel = Answers()
-    inline = NowaitInline(3, "image", kernel)
-    assert inline.try_write(VIEW, 0)
-    kernel.answer = refusal(errno.EAGAIN)
-    assert not inline.try_write(VIEW, 0)
-    kernel.answer = 100
-    assert not inline.try_write(VIEW, 0)
-    kernel.answer = refusal(errno.EOPNOTSUPP)
-    assert not inline.try_write(VIEW, 0)
-    calls = kernel.calls
-    assert not inline.try_write(VIEW, 0)
-    assert kernel.calls == calls
+    assert attempts(inline, kernel, 10 * SKIP_MOST, verb) == 1
     assert kernel.flags == {os.RWF_NOWAIT}
 
 
