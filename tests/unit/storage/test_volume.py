@@ -53,15 +53,17 @@ def test_many_writers_into_one_cluster_make_one_allocation(shm: Path, kind: str)
     top = path if kind == "empty" else shm / "1.hds"
 
     async def run() -> None:
-        async with running_engine() as engine:
-            async with open_disk(path, engine, inline=False, io="io_uring") as disk:
-                async with trio.open_nursery() as nursery:
-                    for number in range(32):
-                        data = bytes([100 + number]) * 2048
-                        nursery.start_soon(disk.write, 3 * CLUSTER + number * 2048, data)
-                found = await disk.read(3 * CLUSTER, CLUSTER)
-                assert found == b"".join(bytes([100 + n]) * 2048 for n in range(32))
-                assert disk.volume.allocated_bytes() == CLUSTER
+        async with (
+            running_engine() as engine,
+            open_disk(path, engine, inline=False, io="io_uring") as disk,
+        ):
+            async with trio.open_nursery() as nursery:
+                for number in range(32):
+                    data = bytes([100 + number]) * 2048
+                    nursery.start_soon(disk.write, 3 * CLUSTER + number * 2048, data)
+            found = await disk.read(3 * CLUSTER, CLUSTER)
+            assert found == b"".join(bytes([100 + n]) * 2048 for n in range(32))
+            assert disk.volume.allocated_bytes() == CLUSTER
 
     trio.run(run)
     assert sum(map(bool, table(top))) == 1
@@ -72,23 +74,25 @@ def test_readers_during_a_copy_see_old_or_new(shm: Path) -> None:
     path = chain(shm)
 
     async def run() -> None:
-        async with running_engine() as engine:
-            async with open_disk(path, engine, inline=False, io="io_uring") as disk:
-                seen: set[bytes] = set()
+        async with (
+            running_engine() as engine,
+            open_disk(path, engine, inline=False, io="io_uring") as disk,
+        ):
+            seen: set[bytes] = set()
 
-                async def read() -> None:
-                    found = await disk.read(5 * CLUSTER, CLUSTER)
-                    assert found[4096:] == b"\x06" * (CLUSTER - 4096)
-                    seen.add(found[:4096])
+            async def read() -> None:
+                found = await disk.read(5 * CLUSTER, CLUSTER)
+                assert found[4096:] == b"\x06" * (CLUSTER - 4096)
+                seen.add(found[:4096])
 
-                async with trio.open_nursery() as nursery:
-                    for _ in range(10):
-                        nursery.start_soon(read)
-                    nursery.start_soon(disk.write, 5 * CLUSTER, b"\xff" * 4096)
-                    for _ in range(10):
-                        nursery.start_soon(read)
-                assert seen <= {b"\x06" * 4096, b"\xff" * 4096}
-                assert await disk.read(5 * CLUSTER, 512) == b"\xff" * 512
+            async with trio.open_nursery() as nursery:
+                for _ in range(10):
+                    nursery.start_soon(read)
+                nursery.start_soon(disk.write, 5 * CLUSTER, b"\xff" * 4096)
+                for _ in range(10):
+                    nursery.start_soon(read)
+            assert seen <= {b"\x06" * 4096, b"\xff" * 4096}
+            assert await disk.read(5 * CLUSTER, 512) == b"\xff" * 512
 
     trio.run(run)
 
@@ -99,20 +103,22 @@ def test_discards_and_writes_of_the_same_clusters(shm: Path) -> None:
 
     async def run() -> None:
         generator = random.Random(3)
-        async with running_engine() as engine:
-            async with open_disk(path, engine, inline=False, io="io_uring") as disk:
-                for _ in range(20):
-                    async with trio.open_nursery() as nursery:
-                        for cluster in generator.sample(range(CLUSTERS), 8):
-                            fill = bytes([generator.randrange(1, 256)]) * CLUSTER
-                            nursery.start_soon(disk.write, cluster * CLUSTER, fill)
-                            nursery.start_soon(disk.discard, cluster * CLUSTER, CLUSTER)
-                        nursery.start_soon(disk.discard, 0, SIZE // 2)
-                        nursery.start_soon(disk.flush)
-                    for cluster in range(CLUSTERS):
-                        assert len(set(await disk.read(cluster * CLUSTER, CLUSTER))) == 1
-                entries = [entry for entry in table(path) if entry]
-                assert len(set(entries)) == len(entries)
+        async with (
+            running_engine() as engine,
+            open_disk(path, engine, inline=False, io="io_uring") as disk,
+        ):
+            for _ in range(20):
+                async with trio.open_nursery() as nursery:
+                    for cluster in generator.sample(range(CLUSTERS), 8):
+                        fill = bytes([generator.randrange(1, 256)]) * CLUSTER
+                        nursery.start_soon(disk.write, cluster * CLUSTER, fill)
+                        nursery.start_soon(disk.discard, cluster * CLUSTER, CLUSTER)
+                    nursery.start_soon(disk.discard, 0, SIZE // 2)
+                    nursery.start_soon(disk.flush)
+                for cluster in range(CLUSTERS):
+                    assert len(set(await disk.read(cluster * CLUSTER, CLUSTER))) == 1
+            entries = [entry for entry in table(path) if entry]
+            assert len(set(entries)) == len(entries)
 
     trio.run(run)
     assert check_image(str(path), repair=None).corruptions == 0
@@ -123,21 +129,23 @@ def test_a_waiting_request_can_be_cancelled_and_then_never_happens(shm: Path) ->
 
     async def run() -> None:
         layer = FaultyOs()
-        async with running_engine() as engine:
-            async with open_disk(path, engine, layer=layer, inline=False) as disk:
-                layer.add(Fault(op="fdatasync", hang=True))
-                called: list[StorageError | None] = []
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(disk.write, 0, b"\x01" * 512)
-                    await trio.sleep(0.05)
-                    view = memoryview(b"\x02" * 512)
-                    pending = disk.volume.write(512, view, called.append)
-                    assert not disk.volume.try_write(512, view)
-                    assert pending.cancel()
-                    assert not pending.cancel()
-                    layer.release()
-                assert await disk.read(0, 1024) == b"\x01" * 512 + b"\x01" * 512
-                assert called == []
+        async with (
+            running_engine() as engine,
+            open_disk(path, engine, layer=layer, inline=False) as disk,
+        ):
+            layer.add(Fault(op="fdatasync", hang=True))
+            called: list[StorageError | None] = []
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(disk.write, 0, b"\x01" * 512)
+                await trio.sleep(0.05)
+                view = memoryview(b"\x02" * 512)
+                pending = disk.volume.write(512, view, called.append)
+                assert not disk.volume.try_write(512, view)
+                assert pending.cancel()
+                assert not pending.cancel()
+                layer.release()
+            assert await disk.read(0, 1024) == b"\x01" * 512 + b"\x01" * 512
+            assert called == []
 
     # Cluster 0 of the base is filled with ones, too: only the cancelled write would show.
     trio.run(run)
@@ -188,18 +196,20 @@ def test_discarded_clusters_are_reused_only_after_a_flush(shm: Path) -> None:
     path = empty(shm)
 
     async def run() -> None:
-        async with running_engine() as engine:
-            async with open_disk(path, engine, preallocation=2 * CLUSTER) as disk:
-                await disk.write(0, b"\x01" * (4 * CLUSTER))
-                places = table(path)[:4]
-                await disk.discard(0, 4 * CLUSTER)
-                assert table(path)[:4] == [0, 0, 0, 0]
-                assert disk.volume.allocated_bytes() == 0
-                await disk.flush()
-                await disk.write(8 * CLUSTER, b"\x02" * CLUSTER)
-                await disk.write(9 * CLUSTER, b"\x02" * 512)
-                assert set(table(path)[8:10]) <= set(places)
-                assert await disk.read(9 * CLUSTER, CLUSTER) == b"\x02" * 512 + bytes(CLUSTER - 512)
+        async with (
+            running_engine() as engine,
+            open_disk(path, engine, preallocation=2 * CLUSTER) as disk,
+        ):
+            await disk.write(0, b"\x01" * (4 * CLUSTER))
+            places = table(path)[:4]
+            await disk.discard(0, 4 * CLUSTER)
+            assert table(path)[:4] == [0, 0, 0, 0]
+            assert disk.volume.allocated_bytes() == 0
+            await disk.flush()
+            await disk.write(8 * CLUSTER, b"\x02" * CLUSTER)
+            await disk.write(9 * CLUSTER, b"\x02" * 512)
+            assert set(table(path)[8:10]) <= set(places)
+            assert await disk.read(9 * CLUSTER, CLUSTER) == b"\x02" * 512 + bytes(CLUSTER - 512)
 
     trio.run(run)
 
@@ -344,13 +354,15 @@ def test_read_only_refuses_writes(shm: Path) -> None:
     path = empty(shm)
 
     async def run() -> None:
-        async with running_engine() as engine:
-            async with open_disk(path, engine, read_only=True) as disk:
-                for operation in (disk.write(0, b"\x01" * 512), disk.discard(0, 512)):
-                    with pytest.raises(StorageError) as caught:
-                        await operation
-                    assert caught.value.errno == 30
-                await disk.flush()
+        async with (
+            running_engine() as engine,
+            open_disk(path, engine, read_only=True) as disk,
+        ):
+            for operation in (disk.write(0, b"\x01" * 512), disk.discard(0, 512)):
+                with pytest.raises(StorageError) as caught:
+                    await operation
+                assert caught.value.errno == 30
+            await disk.flush()
 
     trio.run(run)
 
@@ -364,20 +376,22 @@ def test_replacing_the_top_reads_everything_anew(shm: Path) -> None:
 
     async def run() -> None:
         layer = FaultyOs()
-        async with running_engine() as engine:
-            async with open_disk(path, engine, layer=layer, close=False) as old:
-                await old.write(0, b"\x66" * 512)
-                identity = old.volume.identity
-                layer.power_cut()
-                with pytest.raises(StorageError):
-                    await old.read(0, 512)
-                old.volume.abandon()
-                async with open_disk(path, engine, top=str(new), inherit=old.volume) as disk:
-                    assert disk.volume.identity == identity
-                    await disk.volume.probe_write()
-                    assert await disk.read(0, 512) == b"\x01" * 512
-                    assert await disk.read(CLUSTER, 512) == b"\x77" * 512
-                    await disk.write(0, b"\x55" * 512)
+        async with (
+            running_engine() as engine,
+            open_disk(path, engine, layer=layer, close=False) as old,
+        ):
+            await old.write(0, b"\x66" * 512)
+            identity = old.volume.identity
+            layer.power_cut()
+            with pytest.raises(StorageError):
+                await old.read(0, 512)
+            old.volume.abandon()
+            async with open_disk(path, engine, top=str(new), inherit=old.volume) as disk:
+                assert disk.volume.identity == identity
+                await disk.volume.probe_write()
+                assert await disk.read(0, 512) == b"\x01" * 512
+                assert await disk.read(CLUSTER, 512) == b"\x77" * 512
+                await disk.write(0, b"\x55" * 512)
 
     trio.run(run)
     assert check_image(str(new), repair=None).corruptions == 0
@@ -388,17 +402,19 @@ def test_the_same_path_again_after_the_storage_came_back(shm: Path) -> None:
 
     async def run() -> None:
         layer = FaultyOs()
-        async with running_engine() as engine:
-            async with open_disk(path, engine, layer=layer, close=False) as old:
-                await old.write(0, b"\x66" * 512)
-                await old.flush()
-                layer.power_cut()
-                with pytest.raises(StorageError):
-                    await old.write(512, b"\x01" * 512)
-                old.volume.abandon()
-                async with open_disk(path, engine, inherit=old.volume) as disk:
-                    assert await disk.read(0, 1024) == b"\x66" * 512 + bytes(512)
-                    await disk.write(CLUSTER, b"\x01" * 512)
+        async with (
+            running_engine() as engine,
+            open_disk(path, engine, layer=layer, close=False) as old,
+        ):
+            await old.write(0, b"\x66" * 512)
+            await old.flush()
+            layer.power_cut()
+            with pytest.raises(StorageError):
+                await old.write(512, b"\x01" * 512)
+            old.volume.abandon()
+            async with open_disk(path, engine, inherit=old.volume) as disk:
+                assert await disk.read(0, 1024) == b"\x66" * 512 + bytes(512)
+                await disk.write(CLUSTER, b"\x01" * 512)
 
     trio.run(run)
     assert check_image(str(path), repair=None).corruptions == 0
@@ -409,15 +425,17 @@ def test_probe_tells_whether_the_storage_takes_writes(shm: Path) -> None:
 
     async def run() -> None:
         layer = FaultyOs()
-        async with running_engine() as engine:
-            async with open_disk(path, engine, layer=layer, close=False) as disk:
-                before = path.read_bytes()
+        async with (
+            running_engine() as engine,
+            open_disk(path, engine, layer=layer, close=False) as disk,
+        ):
+            before = path.read_bytes()
+            await disk.volume.probe_write()
+            assert path.read_bytes() == before
+            layer.power_cut(107)
+            with pytest.raises(StorageError) as caught:
                 await disk.volume.probe_write()
-                assert path.read_bytes() == before
-                layer.power_cut(107)
-                with pytest.raises(StorageError) as caught:
-                    await disk.volume.probe_write()
-                assert caught.value.errno == 107
+            assert caught.value.errno == 107
 
     trio.run(run)
 
