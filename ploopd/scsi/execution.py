@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 Start = Callable[[Done], Pending]
 Script = Generator[Start, None, None]
 
+
+class _Issuing:
+    """Stands for an operation while the call that starts it has not returned."""
+
+    def cancel(self) -> bool:
+        return False
+
+
+ISSUING = _Issuing()
+
 SLICE = 0.002
 """Seconds for which one command may keep the event loop before it lets others run."""
 
@@ -51,10 +61,14 @@ class Execution:
             if start is None:
                 return
             self._issuing, self._inside = True, False
+            self._task.pending = ISSUING
             pending = start(self._done)
             self._issuing = False
             if not self._inside:
                 self._task.pending = pending
+                return
+            self._task.pending = None
+            if self._unit.finish_aborted(self._task):
                 return
             if self._unit.clock() > deadline and self._unit.defer(self.run):
                 return

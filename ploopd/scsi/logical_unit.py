@@ -113,7 +113,7 @@ class LogicalUnit:
         self.modes = ModeParameters(write_cache=write_cache)
         self.commands = command_set(thin=thin)
         self.stats = Statistics()
-        self.tasks = TaskSet(self.refresh)
+        self.tasks = TaskSet(on_change=self.refresh, on_release=device.kick)
         self.itls: list[ItlNexus] = []
         self._defer = defer
 
@@ -250,6 +250,9 @@ class LogicalUnit:
             outcome = command.handler(self, task)
         except CheckCondition as condition:
             self.check(task, condition.sense)
+            return
+        except StorageError as error:
+            self.storage_failure(task, error)
             return
         if isinstance(outcome, bytes):
             if outcome:

@@ -174,7 +174,12 @@ class ItlNexus:
         return True
 
     def try_write(self, offset: int, view: memoryview) -> bool:
-        """Write `view` now, or say False: then the command takes the long way."""
+        """Write `view` now, or say False: then the command takes the long way.
+
+        A transport may call this for the pieces of a WRITE as they come in, so what `write_range`
+        allowed is looked at again."""
+        if not self._quick_write:
+            return False
         try:
             if not self._device_write(offset, view):
                 return False

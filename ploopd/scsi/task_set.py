@@ -22,12 +22,13 @@ class TaskSet:
     """All tasks of one logical unit from `enter` (prepared) to `leave` (ended).
 
     `quiet`: no ORDERED and no exclusive task is in the set, so that anything may run at once.
-    `on_change` is called when `quiet` changes.
+    `on_change` is called when `quiet` changes, `on_release` when tasks that waited have started.
     """
 
     __slots__ = (
         "_draining",
         "_on_change",
+        "_on_release",
         "_running",
         "_sequence",
         "_special",
@@ -35,7 +36,7 @@ class TaskSet:
         "tasks",
     )
 
-    def __init__(self, on_change: Callable[[], None]) -> None:
+    def __init__(self, on_change: Callable[[], None], on_release: Callable[[], None]) -> None:
         self.tasks: dict[Task, None] = {}
         self._running: dict[Task, None] = {}
         self._waiting: list[tuple[Task, Callable[[Task], None]]] = []
@@ -43,6 +44,7 @@ class TaskSet:
         self._special = 0
         self._draining = False
         self._on_change = on_change
+        self._on_release = on_release
 
     @property
     def quiet(self) -> bool:
@@ -89,18 +91,22 @@ class TaskSet:
 
     def _drain(self) -> None:
         """Start what may start.  A loop, not a recursion: tasks may end inside `run`."""
+        started = False
         self._draining = True
         try:
             while True:
                 ready = next((e for e in self._waiting if self._may_start(e[0])), None)
                 if ready is None:
-                    return
+                    break
                 self._waiting.remove(ready)
                 task, run = ready
                 self._running[task] = None
+                started = True
                 run(task)
         finally:
             self._draining = False
+        if started:
+            self._on_release()
 
     def _may_start(self, task: Task) -> bool:
         if task.state is not TaskState.RUNNING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ploopd.errors import StorageError
 from ploopd.scsi import transfer
 from ploopd.scsi.cdb import BLOCK_SIZE
-from ploopd.scsi.execution import Script
+from ploopd.scsi.execution import ISSUING, Script
 from ploopd.scsi.failures import Access
 from ploopd.scsi.sense import invalid_cdb_field, miscompare
 from ploopd.scsi.task import Task, TaskState
@@ -53,6 +53,7 @@ def read(unit: LogicalUnit, task: Task) -> bytes | Script | None:
 
     unit.stats.reads += 1
     unit.stats.read_bytes += length
+    task.pending = ISSUING
     pending = unit.device.read(task.range_start, view, done)
     if task.state is TaskState.RUNNING:
         task.pending = pending
@@ -83,6 +84,7 @@ def write(unit: LogicalUnit, task: Task) -> bytes | Script | None:
     unit.stats.writes += 1
     unit.stats.written_bytes += length
     stable = has_fua(task) or not unit.modes.write_cache
+    task.pending = ISSUING
     pending = unit.device.write(task.range_start, data, done, fua=stable)
     if task.state is TaskState.RUNNING:
         task.pending = pending

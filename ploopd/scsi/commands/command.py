@@ -6,7 +6,7 @@ Source: SPC-4 6.35 (CDB usage data), SPC-4 5.12 (reservations), SBC-3 clause 5.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
@@ -65,8 +65,8 @@ class Command:
     TRANSFER LENGTH applies.  `allocation`: offset and size of the ALLOCATION LENGTH field.
     `data_out`: how many bytes the command asks for.  `check`: tests of single fields, raises
     `CheckCondition`.  `attention`: whether a pending unit attention is reported instead.
-    `fua`: byte 1 has DPO and FUA.  `thin`: only with logical block provisioning.  `exclusive`: the
-    range belongs to this command alone while it runs.
+    `fua`: byte 1 has DPO and FUA.  `thin`: only with logical block provisioning; `thin_bits`: so
+    are these bits of byte 1.  `exclusive`: the range is this command's alone while it runs.
     """
 
     opcode: int
@@ -88,6 +88,7 @@ class Command:
     attention: bool = True
     fua: bool = False
     thin: bool = False
+    thin_bits: int = 0
     exclusive: bool = False
     reserved: int = field(init=False)
 
@@ -95,6 +96,11 @@ class Command:
         bits = 8 * len(self.mask)
         allowed = int.from_bytes(self.mask, "big")
         object.__setattr__(self, "reserved", ((1 << bits) - 1) & ~allowed)
+
+    def without_provisioning(self) -> Command:
+        """The row for a unit that is fully provisioned."""
+        second = self.mask[1] & ~self.thin_bits
+        return replace(self, mask=bytes([self.mask[0], second]) + self.mask[2:])
 
     @property
     def length(self) -> int:

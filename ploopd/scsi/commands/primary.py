@@ -135,7 +135,7 @@ def mode_list_10(unit: LogicalUnit, task: Task) -> int:
 
 
 def check_mode_select(unit: LogicalUnit, task: Task) -> None:
-    """PF = 1: standard pages; SP = 0: nothing is saved.  PF = 0 goes with an empty list only."""
+    """Nothing is saved: SP must be 0.  PF does not matter, there are no other pages."""
     if task.cdb[1] & 1:
         raise invalid_cdb_field(1, 0)
 

@@ -37,8 +37,6 @@ def no_data_out(task: Task) -> bool:
 def check_write_same(unit: LogicalUnit, task: Task) -> None:
     """A number of blocks of 0 means to the end of the unit (WSNZ = 0); the MAXIMUM WRITE SAME
     LENGTH applies to that as well (SBC-3 5.45)."""
-    if task.cdb[1] & UNMAP and not unit.thin:
-        raise invalid_cdb_field(1, 3)
     if task.range_start == task.range_end:
         task.range_end = unit.blocks << BLOCK_SHIFT
     if task.range_end - task.range_start > MAX_WRITE_SAME_BLOCKS << BLOCK_SHIFT:

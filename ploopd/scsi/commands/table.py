@@ -24,12 +24,12 @@ IN, OUT = Direction.TO_INITIATOR, Direction.FROM_INITIATOR
 LBA8 = "ff" * 8
 
 
-def row(opcode: int, name: str, mask: str, **rest: object) -> Command:
+def _row(opcode: int, name: str, mask: str, **rest: object) -> Command:
     return Command(opcode=opcode, name=name, mask=bytes.fromhex(mask), **rest)  # type: ignore[arg-type]
 
 
 _read = partial(
-    row,
+    _row,
     handler=block.read,
     direction=IN,
     standby=Standby.DEVICE,
@@ -37,7 +37,7 @@ _read = partial(
     limited=True,
 )
 _write = partial(
-    row,
+    _row,
     handler=block.write,
     direction=OUT,
     standby=Standby.DEVICE,
@@ -49,7 +49,7 @@ _write_verify = partial(
     _write, handler=block.write_and_verify, check=block.check_write_and_verify, exclusive=True
 )
 _verify = partial(
-    row,
+    _row,
     handler=block.verify,
     direction=OUT,
     standby=Standby.DEVICE,
@@ -58,10 +58,10 @@ _verify = partial(
     data_out_rule=DataOut.ENOUGH,
     check=block.check_verify,
 )
-_prefetch = partial(row, handler=block.prefetch, reservation=READ)
-_synchronize = partial(row, handler=block.synchronize_cache, standby=Standby.DEVICE)
+_prefetch = partial(_row, handler=block.prefetch, reservation=READ)
+_synchronize = partial(_row, handler=block.synchronize_cache, standby=Standby.DEVICE)
 _write_same = partial(
-    row,
+    _row,
     handler=provisioning.write_same,
     direction=OUT,
     standby=Standby.DEVICE,
@@ -69,17 +69,18 @@ _write_same = partial(
     data_out=provisioning.write_same_data,
     data_out_rule=DataOut.EXACT,
     check=provisioning.check_write_same,
+    thin_bits=provisioning.UNMAP,
 )
 
 COMMANDS: tuple[Command, ...] = (
-    row(
+    _row(
         0x00,
         "TEST UNIT READY",
         "ff 00 00 00 00 00",
         handler=primary.test_unit_ready,
         reservation=ALLOWED,
     ),
-    row(
+    _row(
         0x03,
         "REQUEST SENSE",
         "ff 01 00 00 ff 00",
@@ -91,7 +92,7 @@ COMMANDS: tuple[Command, ...] = (
     ),
     _read(0x08, "READ(6)", "ff 1f ff ff ff 00", extent=range_6, length_byte=4),
     _write(0x0A, "WRITE(6)", "ff 1f ff ff ff 00", extent=range_6, length_byte=4),
-    row(
+    _row(
         0x12,
         "INQUIRY",
         "ff 01 ff ff ff 00",
@@ -102,7 +103,7 @@ COMMANDS: tuple[Command, ...] = (
         check=primary.check_inquiry,
         attention=False,
     ),
-    row(
+    _row(
         0x15,
         "MODE SELECT(6)",
         "ff 11 00 00 ff 00",
@@ -112,7 +113,7 @@ COMMANDS: tuple[Command, ...] = (
         data_out_rule=DataOut.PARAMETERS,
         check=primary.check_mode_select,
     ),
-    row(
+    _row(
         0x1A,
         "MODE SENSE(6)",
         "ff 08 ff ff ff 00",
@@ -120,7 +121,7 @@ COMMANDS: tuple[Command, ...] = (
         direction=IN,
         allocation=(4, 1),
     ),
-    row(
+    _row(
         0x1B,
         "START STOP UNIT",
         "ff 01 00 0f f7 00",
@@ -128,8 +129,8 @@ COMMANDS: tuple[Command, ...] = (
         standby=Standby.DEVICE,
         check=primary.check_start_stop,
     ),
-    row(0x1D, "SEND DIAGNOSTIC", "ff 17 00 00 00 00", handler=primary.send_diagnostic),
-    row(
+    _row(0x1D, "SEND DIAGNOSTIC", "ff 17 00 00 00 00", handler=primary.send_diagnostic),
+    _row(
         0x25,
         "READ CAPACITY(10)",
         "ff 00 ff ff ff ff 00 00 01 00",
@@ -150,7 +151,7 @@ COMMANDS: tuple[Command, ...] = (
     _synchronize(
         0x35, "SYNCHRONIZE CACHE(10)", "ff 06 ffffffff 1f ffff 00", extent=range_10, length_byte=7
     ),
-    row(
+    _row(
         0x37,
         "READ DEFECT DATA(10)",
         "ff 00 1f 00000000 ffff 00",
@@ -162,7 +163,7 @@ COMMANDS: tuple[Command, ...] = (
     _write_same(
         0x41, "WRITE SAME(10)", "ff 08 ffffffff 1f ffff 00", extent=range_10, length_byte=7
     ),
-    row(
+    _row(
         0x42,
         "UNMAP",
         "ff 00 00000000 1f ffff 00",
@@ -174,7 +175,7 @@ COMMANDS: tuple[Command, ...] = (
         data_out=provisioning.unmap_list_length,
         data_out_rule=DataOut.PARAMETERS,
     ),
-    row(
+    _row(
         0x55,
         "MODE SELECT(10)",
         "ff 11 0000000000 ffff 00",
@@ -184,7 +185,7 @@ COMMANDS: tuple[Command, ...] = (
         data_out_rule=DataOut.PARAMETERS,
         check=primary.check_mode_select,
     ),
-    row(
+    _row(
         0x5A,
         "MODE SENSE(10)",
         "ff 18 ff ff 000000 ffff 00",
@@ -200,7 +201,7 @@ COMMANDS: tuple[Command, ...] = (
         length_byte=10,
         fua=True,
     ),
-    row(
+    _row(
         0x89,
         "COMPARE AND WRITE",
         f"ff 18 {LBA8} 000000 ff 1f 00",
@@ -255,7 +256,7 @@ COMMANDS: tuple[Command, ...] = (
     _write_same(
         0x93, "WRITE SAME(16)", f"ff 09 {LBA8} ffffffff 1f 00", extent=range_16, length_byte=10
     ),
-    row(
+    _row(
         0x9E,
         "READ CAPACITY(16)",
         f"ff 1f {LBA8} ffffffff 01 00",
@@ -266,7 +267,7 @@ COMMANDS: tuple[Command, ...] = (
         allocation=(10, 4),
         check=primary.check_capacity_16,
     ),
-    row(
+    _row(
         0x9E,
         "GET LBA STATUS",
         f"ff 1f {LBA8} ffffffff 00 00",
@@ -277,7 +278,7 @@ COMMANDS: tuple[Command, ...] = (
         extent=provisioning.lba_only,
         allocation=(10, 4),
     ),
-    row(
+    _row(
         0xA0,
         "REPORT LUNS",
         "ff 00 ff 000000 ffffffff 00 00",
@@ -288,7 +289,7 @@ COMMANDS: tuple[Command, ...] = (
         check=primary.check_report_luns,
         attention=False,
     ),
-    row(
+    _row(
         0xA3,
         "REPORT SUPPORTED OPERATION CODES",
         "ff 1f 87 ff ffff ffffffff 00 00",
@@ -299,7 +300,7 @@ COMMANDS: tuple[Command, ...] = (
         allocation=(6, 4),
         check=reporting.check_supported_opcodes,
     ),
-    row(
+    _row(
         0xA3,
         "REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS",
         "ff 1f 80 000000 ffffffff 00 00",
@@ -323,7 +324,7 @@ COMMANDS: tuple[Command, ...] = (
         length_byte=6,
     ),
     _verify(0xAF, "VERIFY(12)", "ff 16 ffffffff ffffffff 1f 00", extent=range_12, length_byte=6),
-    row(
+    _row(
         0xB7,
         "READ DEFECT DATA(12)",
         "ff 1f ffffffff ffffffff 00 00",
@@ -381,5 +382,7 @@ class CommandSet:
 
 
 def command_set(*, thin: bool) -> CommandSet:
-    """What a unit supports: without provisioning there is no UNMAP."""
-    return CommandSet(command for command in COMMANDS if thin or not command.thin)
+    """What a unit supports: without provisioning there is no UNMAP, as a command or as a bit."""
+    if thin:
+        return CommandSet(COMMANDS)
+    return CommandSet(row.without_provisioning() for row in COMMANDS if not row.thin)
