@@ -33,24 +33,45 @@ async def probe(core: Core, stack: Stack) -> None:
 
 
 async def close(core: Core, stack: Stack) -> None:
-    """See `Volume.close`."""
-    await _idle(core)
-    if stack.read_only:
-        await trio.to_thread.run_sync(stack.close)
-        return
+    """See `Volume.close`.  Cancelled, it abandons the files: nothing waits for a dead storage."""
     try:
-        if core.sync.failed is not None:
-            raise core.sync.failed.again()
+        await _idle(core)
+        problem = await _finish(core, stack)
+        await trio.to_thread.run_sync(stack.close, abandon_on_cancel=True)
+    except trio.Cancelled:
+        stack.abandon()
+        raise
+    if problem is not None:
+        raise problem
+
+
+async def _finish(core: Core, stack: Stack) -> StorageError | None:
+    """Everything that makes the image a closed one; returns why it is not."""
+    if stack.read_only:
+        return None
+    if core.sync.failed is not None:
+        return core.sync.failed.again()
+    try:
         if core.bat is not None and core.bat.doubtful:
             await core.bat.settle(core.locks)
         await trio.to_thread.run_sync(stack.finish, core.used_end(), abandon_on_cancel=True)
-    finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(stack.close)
+    except StorageError as error:
+        return error
+    return None
 
 
 async def _idle(core: Core) -> None:
+    """Wait for the requests under way; StorageError (ECANCELED) if they were abandoned."""
     if core.requests.active:
         idle = trio.Event()
-        core.requests.on_idle = lambda _error: idle.set()
+        abandoned: list[StorageError] = []
+
+        def ended(error: StorageError | None) -> None:
+            if error is not None:
+                abandoned.append(error)
+            idle.set()
+
+        core.requests.on_idle = ended
         await idle.wait()
+        if abandoned:
+            raise abandoned[0]

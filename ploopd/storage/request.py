@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from ploopd.errors import StorageError
 from ploopd.storage.device import Done
 from ploopd.storage.sync_group import SyncGroup
@@ -19,9 +21,17 @@ class RequestCount:
     def ended(self) -> None:
         """One request less."""
         self.active -= 1
-        if self.active == 0 and self.on_idle is not None:
-            on_idle, self.on_idle = self.on_idle, None
-            on_idle(None)
+        if self.active == 0:
+            self._tell(None)
+
+    def abandoned(self) -> None:
+        """Nobody waits for the requests any more."""
+        self._tell(StorageError(errno.ECANCELED, "close"))
+
+    def _tell(self, error: StorageError | None) -> None:
+        on_idle, self.on_idle = self.on_idle, None
+        if on_idle is not None:
+            on_idle(error)
 
 
 class Request:

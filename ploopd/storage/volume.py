@@ -290,10 +290,16 @@ class Volume:
             self._core.nursery.cancel_scope.cancel()
         self._stop.set()
         self._stack.abandon()
+        self._core.requests.abandoned()
 
     def inode_numbers(self) -> set[tuple[int, int]]:
         """Device and inode of the files, for a volume that is opened in place of this one."""
         return self._stack.inode_numbers()
+
+    @property
+    def in_flight(self) -> int:
+        """Operations of its files that have not come back from the kernel, also once abandoned."""
+        return sum(layer.file.in_flight for layer in self._stack.layers)
 
     def late_references(self) -> set[int]:
         """Host clusters of the top that a late BAT write of this volume may come to name."""

@@ -462,3 +462,54 @@ def test_abandoning_a_hung_storage_takes_no_time(shm: Path) -> None:
             assert table(shm / "1.hds") == [0] * CLUSTERS
 
     trio.run(run)
+
+
+def test_closing_a_hung_storage_ends_when_it_is_abandoned(shm: Path) -> None:
+    path = empty(shm)
+
+    async def run() -> None:
+        layer = FaultyOs()
+        async with (
+            running_engine() as engine,
+            open_disk(path, engine, layer=layer, inline=False, close=False) as disk,
+        ):
+            layer.add(Fault(op="*", hang=True, count=None))
+            disk.volume.write(0, memoryview(b"\x01" * 512), lambda _: None)
+            disk.volume.kick()
+            with trio.fail_after(2):
+                async with trio.open_nursery() as nursery:
+
+                    async def close() -> None:
+                        with pytest.raises(StorageError):
+                            await disk.volume.close()
+
+                    nursery.start_soon(close)
+                    await trio.sleep(0.02)
+                    disk.volume.abandon()
+            layer.release()
+
+    trio.run(run)
+    assert path.read_bytes()[44:48] == b"Ynot"
+
+
+def test_close_waits_for_what_is_under_way(shm: Path) -> None:
+    path = chain(shm)
+    ended: list[StorageError | None] = []
+
+    async def run() -> None:
+        async with (
+            running_engine() as engine,
+            open_disk(path, engine, inline=False, io="io_uring") as disk,
+        ):
+            for cluster in range(CLUSTERS):
+                data = memoryview(bytes([cluster]) * 512)
+                disk.volume.write(cluster * CLUSTER, data, ended.append)
+            disk.volume.kick()
+            await disk.volume.close()
+            assert ended == [None] * CLUSTERS
+            with pytest.raises(StorageError):
+                await disk.write(0, b"\x01" * 512, fua=True)
+
+    trio.run(run)
+    assert all(table(shm / "1.hds"))
+    assert (shm / "1.hds").read_bytes()[44:48] == bytes(4)
