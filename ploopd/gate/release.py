@@ -1,8 +1,9 @@
 """In which order released requests may run: overlapping ones one after the other, others at once.
 
 Two requests conflict when their ranges overlap and one of them changes the disk; a flush conflicts
-with every change.  A request waits for all earlier conflicting ones.  Dependencies are found with a
-map from ranges to the last writer and the readers since, so that n requests cost O(n log n).
+with every change and with other flushes.  A request waits for all earlier conflicting ones.
+Dependencies are found with a map from ranges to the last writer and the readers since, so that n
+requests cost O(n log n).
 """
 
 from __future__ import annotations

