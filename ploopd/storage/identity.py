@@ -48,7 +48,15 @@ def load_identity(path: str, *, create: bool) -> uuid.UUID:
     found = _read(sidecar)
     if found is not None or not create:
         return found or derived_identity(path)
-    return _create(sidecar) or derived_identity(path)
+    return _create(sidecar, uuid.uuid4()) or derived_identity(path)
+
+
+def keep_identity(path: str, identity: uuid.UUID) -> bool:
+    """Make `identity` that of the image at `path`, which takes another image's place.
+
+    False if the image has an identity of its own, which stays, or its directory cannot be written.
+    """
+    return _create(sidecar_path(path), identity) == identity
 
 
 def _read(sidecar: str) -> uuid.UUID | None:
@@ -71,9 +79,11 @@ def _read(sidecar: str) -> uuid.UUID | None:
         ) from error
 
 
-def _create(sidecar: str) -> uuid.UUID | None:
-    """Make the file, whole or not at all; None if the directory does not let us."""
-    identity = uuid.uuid4()
+def _create(sidecar: str, identity: uuid.UUID) -> uuid.UUID | None:
+    """Make the file, whole or not at all, unless it is there; returns what is in it then.
+
+    None if the directory does not let us.
+    """
     temporary = f"{sidecar}.{identity.hex}.tmp"
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
