@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from ploopd.fileio.policy import CacheMode
 from ploopd.storage.check import check_image
 from tests.support import images, oracles
 from tests.support.volumes import Disk, open_disk, running_engine
@@ -214,6 +215,40 @@ def test_volume_behaves_as_bytes(case: Case, shm: Path, capsys: pytest.CaptureFi
     expected = shm / "model.raw"
     expected.write_bytes(subject.model)
     through_qemu = oracles.read_through_qemu(subject.layers, shm / "qemu.raw")
+    oracles.assert_same_content(through_qemu, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("threads", {}),
+        ("auto", {"io": "nowait"}),
+        ("auto", {"io": "io_uring"}),
+        ("auto", {"cache": CacheMode.NONE}),
+    ],
+    ids=["threads", "nowait", "io_uring", "direct"],
+)
+@pytest.mark.parametrize("layout", ["single", "raw-base"])
+def test_every_way_of_io(
+    tmp_path: Path, layout: str, kind: str, options: dict[str, object]
+) -> None:
+    """The same on a disk's file system, by the engines that need not be asked for elsewhere."""
+    case = Case(version=2, cluster_size=32 * KIB, layout=layout)
+    generator = random.Random(f"{SEED} {layout} {kind} {options}")
+    subject = make(case, tmp_path, generator)
+    player = Player(case, subject, generator)
+
+    async def run() -> None:
+        async with running_engine(kind) as engine:
+            for _ in range(2):
+                async with open_disk(subject.path, engine, **options) as disk:
+                    await player.alone(disk, 200)
+                    await player.together(disk, 12)
+
+    trio.run(run)
+    expected = tmp_path / "model.raw"
+    expected.write_bytes(subject.model)
+    through_qemu = oracles.read_through_qemu(subject.layers, tmp_path / "qemu.raw")
     oracles.assert_same_content(through_qemu, expected)
 
 
