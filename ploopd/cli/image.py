@@ -12,7 +12,7 @@ import click
 
 from ploopd.cli.errors import report as report_error
 from ploopd.cli.render import echo_fields, echo_json, echo_table
-from ploopd.errors import PloopError, UnsupportedError, UsageError
+from ploopd.errors import CorruptImageError, PloopError, UnsupportedError, UsageError
 from ploopd.units import format_size, format_size_exact, parse_size
 
 if TYPE_CHECKING:
@@ -297,6 +297,9 @@ def check(image_path: str, repair: Repair | None, output: str) -> int:
     except UnsupportedError as error:
         report_error("ploopctl", str(error))
         return CHECK_UNSUPPORTED
+    except CorruptImageError as error:
+        report_error("ploopctl", str(error))
+        return CHECK_CORRUPT
     except PloopError as error:
         report_error("ploopctl", str(error))
         return CHECK_NOT_COMPLETED
@@ -331,9 +334,10 @@ def _echo_report(report: CheckReport, *, named: bool) -> None:
         )
     if not report.corruptions and not report.leaks:
         click.echo("No errors were found on the image.")
-    percent = 100 * report.allocated_clusters / report.total_clusters
+    allocated = 100 * report.allocated_clusters / report.total_clusters
+    fragmented = 100 * report.fragmented_clusters / max(1, report.allocated_clusters)
     click.echo(
-        f"{report.allocated_clusters}/{report.total_clusters} = {percent:.2f}% allocated, "
-        f"{report.fragmented_clusters} fragmented"
+        f"{report.allocated_clusters}/{report.total_clusters} = {allocated:.2f}% allocated, "
+        f"{fragmented:.2f}% fragmented"
     )
     click.echo(f"Image end offset: {report.image_end_offset}")

@@ -16,7 +16,7 @@ from ploopd.fileio.oslayer import REAL, OsLayer
 from ploopd.storage.chain_files import ImageFile, locate
 from ploopd.storage.check_repair import repair_all, repair_leaks
 from ploopd.storage.check_scan import Finding, Scan, Severity, findings, scan
-from ploopd.storage.opener import open_image
+from ploopd.storage.opener import open_image, open_stack
 from ploopd.storage.probe import ImageFormat, probe_format
 
 Repair = Literal["leaks", "all"]
@@ -76,7 +76,8 @@ def check_all(
     """Check every delta of the image at `path` (a delta, DiskDescriptor.xml or its directory), base
     first; a raw base is passed over.
 
-    Raises like `check_image`, and DescriptorError for a descriptor that cannot be used.
+    Raises like `check_image`, DescriptorError for a descriptor that cannot be used, and
+    CorruptImageError if its deltas do not fit together.
     """
     files = locate(os.fspath(path), None, ImageFormat.AUTO)
     if files.descriptor is None:
@@ -84,7 +85,13 @@ def check_all(
     deltas = [image for image in files.images if image.format is not ImageFormat.RAW]
     if not deltas:
         raise UnsupportedError("is a raw image: there are no metadata to check", path=files.path)
-    return [_check(image, files.path, repair, layer) for image in deltas]
+    reports = [_check(image, files.path, repair, layer) for image in deltas]
+    _, stack = open_stack(path, locking=False)
+    try:
+        stack.verify()
+    finally:
+        stack.close()
+    return reports
 
 
 def check_image(

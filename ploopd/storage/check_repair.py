@@ -147,7 +147,7 @@ def _write_entries(
         return
     changed = entries.copy()
     changed[clusters] = values
-    raw = memoryview(changed.astype("<u4", copy=False)).cast("B")
+    raw = changed.astype("<u4", copy=False).view(np.uint8).data
     pages = np.unique((HEADER_SIZE + 4 * clusters) // _PAGE)
     for run in np.split(pages, np.flatnonzero(np.diff(pages) > 1) + 1):
         begin = max(int(run[0]) * _PAGE - HEADER_SIZE, 0)

@@ -117,8 +117,8 @@ class Scan:
     @property
     def fragmented(self) -> int:
         """Allocated clusters that do not follow the allocated one before them in the file."""
-        used = self.indexes[self.indexes != 0].astype(np.int64)
-        return int(np.count_nonzero(np.diff(used) != 1))
+        used = self.indexes[self.indexes != 0]
+        return int(np.count_nonzero(np.diff(used) != 1))  # differences modulo 2**32 will do
 
 
 def scan(file: File) -> Scan:
@@ -162,7 +162,7 @@ def scan(file: File) -> Scan:
 
 def _read_entries(file: File, header: PvdHeader) -> npt.NDArray[np.uint32]:
     raw = np.empty(header.bat_bytes, dtype=np.uint8)
-    view = memoryview(raw)
+    view = raw.data
     for done in range(0, len(view), _CHUNK):
         piece = view[done : done + _CHUNK]
         if file.pread_into(piece, HEADER_SIZE + done) != len(piece):

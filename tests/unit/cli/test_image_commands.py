@@ -227,6 +227,23 @@ def test_a_chain_is_checked_as_a_whole(tmp_path: Path, image_command: Any) -> No
     assert "top.hds:" in image_command("check", tmp_path).out
 
 
+def test_deltas_that_do_not_fit_together(tmp_path: Path, image_command: Any) -> None:
+    make(tmp_path / "base.hds", version=1)
+    make(tmp_path / "top.hds")
+    truncate(tmp_path / "base.hds", 6 * CLUSTER)
+    set_word(tmp_path / "top.hds", 32, 39)
+    set_word(tmp_path / "top.hds", 36, 39 * 64)
+    set_entry(tmp_path / "top.hds", 39, 0)
+    names = [
+        ("{00000000-0000-0000-0000-000000000001}", "Compressed", "base.hds"),
+        ("{5fbaabe3-6958-40ff-92a7-860e329aab41}", "Compressed", "top.hds"),
+    ]
+    write_descriptor(tmp_path, SIZE, names, cluster_size=CLUSTER)
+    result = image_command("check", tmp_path)
+    assert result.code == 2
+    assert "larger" in result.err
+
+
 @pytest.mark.parametrize(("path", "code"), [("missing", 4), ("bad.hds", 11), ("vm", 13)])
 def test_errors_have_their_exit_codes(
     tmp_path: Path, image_command: Any, path: str, code: int
