@@ -66,7 +66,11 @@ async def serve_images(config: ServeConfig, ready: Ready) -> None:
     closed cleanly at the end.
     """
     config.check()
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        # The terminal was closed.  Under nohup the signal is ignored, and stays so.
+        numbers.append(signal.SIGHUP)
+    with trio.open_signal_receiver(*numbers) as signals:
         control = claim_control_socket(config.control)
         try:
             async with _running_engine(config) as engine:
@@ -242,12 +246,23 @@ class _Daemon:
         stop.set()
         # A replacement that is under way ends here, in one piece or in standby.
         self.control_scope.cancel()
+        problems = self._unexecuted()  # a session that ends drops what it has parked
         if self.portals:
             with trio.move_on_after(2 * LOGOUT_GRACE):
                 await self.iscsi.shutdown(LOGOUT_GRACE)
-        problems = [
+        with trio.move_on_after(CLOSE_SECONDS) as closing:
+            problems += await self.devices.close()
+        if closing.cancelled_caught:
+            problems.append(PloopError(f"images did not close within {CLOSE_SECONDS:g} s"))
+        for problem in problems:
+            log.error("event=close-failed error=%r", str(problem))
+        return problems
+
+    def _unexecuted(self) -> list[PloopError]:
+        """An error for each device that stops in standby with requests that wait for it."""
+        return [
             PloopError(
-                f"stopped in {device.gate.state.value}; requests were left unexecuted",
+                f"stopped in {device.gate.state.value} with requests that were not executed",
                 path=device.image,
                 field="requests",
                 value=device.gate.parked_count,
@@ -256,10 +271,3 @@ class _Daemon:
             for device in self.devices
             if device.gate.state is not GateState.ACTIVE and device.gate.parked_count
         ]
-        with trio.move_on_after(CLOSE_SECONDS) as closing:
-            problems += await self.devices.close()
-        if closing.cancelled_caught:
-            problems.append(PloopError(f"images did not close within {CLOSE_SECONDS:g} s"))
-        for problem in problems:
-            log.error("event=close-failed error=%r", str(problem))
-        return problems

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -16,9 +15,8 @@ from ploopd.cli.options import ON_OFF, seconds_or_forever
 from ploopd.units import format_size_exact
 
 if TYPE_CHECKING:
+    from ploopd.config import ServeConfig
     from ploopd.daemon import Export
-
-_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
 @click.command()
@@ -158,19 +156,33 @@ def serve(
         image_root=image_root,
     )
     config.check()
-    logging.basicConfig(stream=sys.stderr, format=_LOG_FORMAT, level=log_level.upper())
+    _run(config, log_level, hints=hints)
 
+
+def _run(config: ServeConfig, log_level: str, *, hints: bool) -> None:
+    """Run the daemon until it is stopped."""
     import trio
 
     from ploopd.daemon import serve_images
+    from ploopd.logs import start_logging
 
     def announce(exports: list[Export], control_path: Path) -> None:
         """Print the line of each LUN: from now on it can be used."""
-        for export in exports:
-            image = one_line(export.image)
-            click.echo(f"{export.url}  {image}  {format_size_exact(export.size)}")
-        sys.stdout.flush()
+        lines = [
+            f"{export.url}  {one_line(export.image)}  {format_size_exact(export.size)}\n"
+            for export in exports
+        ]
+        try:
+            sys.stdout.write("".join(lines))
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever started us has read enough; the disks are what matters.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if hints:
             click.echo(usage_hints(exports[0], control_path), err=True)
 
-    trio.run(serve_images, config, announce)
+    log = start_logging(log_level, sys.stderr)
+    try:
+        trio.run(serve_images, config, announce)
+    finally:
+        log.close()
