@@ -20,6 +20,7 @@ from ploopd.disownable import disownable
 from ploopd.errors import ExitCode, NotFoundError, PloopError, StorageError
 from ploopd.fileio.buffers import BufferPool
 from ploopd.fileio.engine import IoEngine
+from ploopd.fileio.oslayer import REAL, OsLayer
 from ploopd.gate.events import EventBus
 from ploopd.gate.filter import STANDBY_ERRNOS, Gate
 from ploopd.gate.limits import ParkLimits
@@ -63,8 +64,8 @@ class DeviceOptions:
 class Environment:
     """What all devices of a daemon share.
 
-    `check` is the global fuse; `clock` gives seconds; `open_volume` opens volumes, with the options
-    of the device.
+    `check` is the global fuse; `clock` gives seconds; `layer` are the system calls of every image
+    file.
     """
 
     engine: IoEngine
@@ -72,6 +73,7 @@ class Environment:
     check: StandbyCheck
     events: EventBus = field(default_factory=EventBus)
     clock: Clock = time.monotonic
+    layer: OsLayer = REAL
     open_limiter: trio.CapacityLimiter = field(
         default_factory=lambda: trio.CapacityLimiter(OPEN_THREADS)
     )
@@ -80,7 +82,9 @@ class Environment:
         """The function that opens a device's volumes."""
 
         def open_with(image: str, top: str | None, inherit: Volume | None) -> Volume:
-            return open_volume(image, options, self.engine, top=top, inherit=inherit)
+            return open_volume(
+                image, options, self.engine, layer=self.layer, top=top, inherit=inherit
+            )
 
         return open_with
 

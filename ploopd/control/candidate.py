@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import stat
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from image_format import PvdHeader
 from ploopd.errors import (
     BusyError,
     DeniedError,
     PloopError,
     StorageError,
     UncleanImageError,
-    UnsupportedError,
     UsageError,
-    open_error,
 )
 from ploopd.fileio.file import File
+from ploopd.fileio.oslayer import REAL, OsLayer
 from ploopd.storage.delta import Delta
+from ploopd.storage.stack import inode_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,47 +36,28 @@ class Candidate:
     inode: tuple[int, int]
 
 
-def inspect(path: str, *, raw: bool) -> Candidate:
+def inspect(path: str, *, raw: bool, layer: OsLayer = REAL) -> Candidate:
     """Look at the file; `raw`: take it as a raw image, whatever is in it.
 
     Blocking.  Raises NotFoundError, DeniedError, UnsupportedError (not a regular file),
     ImageFormatError, or StorageError when the storage does not answer properly.
     """
+    file = File.open(path, read_only=True, engine=None, layer=layer)
     try:
-        status = os.stat(path)
-    except OSError as error:
-        raise open_error(error, path) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise UnsupportedError(
-            "is not a regular file", path=path, hint="name the delta file itself"
-        )
-    inode = (status.st_dev, status.st_ino)
-    if raw:
-        return Candidate(
-            path=path,
-            format_version=0,
-            size=status.st_size,
-            cluster_size=0,
-            in_use=False,
-            inode=inode,
-        )
-    header = _header(path)
+        size = file.size()
+        header = None if raw else Delta.read(file, writable=True).header
+        inode = inode_number(file)
+    finally:
+        with contextlib.suppress(StorageError):
+            file.close()
     return Candidate(
         path=path,
-        format_version=header.version,
-        size=header.size,
-        cluster_size=header.cluster_size,
-        in_use=header.unclean,
+        format_version=0 if header is None else header.version,
+        size=size if header is None else header.size,
+        cluster_size=0 if header is None else header.cluster_size,
+        in_use=header is not None and header.unclean,
         inode=inode,
     )
-
-
-def _header(path: str) -> PvdHeader:
-    file = File.open(path, read_only=True, engine=None)
-    try:
-        return Delta.read(file, writable=True).header
-    finally:
-        file.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

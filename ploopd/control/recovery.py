@@ -272,7 +272,7 @@ class _Replacement:
         device = self.device
         volume = device.volume
         candidate = await disownable(
-            partial(inspect, self.image, raw=volume.format_version == 0),
+            partial(inspect, self.image, raw=volume.format_version == 0, layer=device.env.layer),
             deadline=self.deadlines.check,
             what=f"looking at {self.image}",
             undo=lambda _: None,
