@@ -70,7 +70,7 @@ class Execution:
             self._task.pending = None
             if self._unit.finish_aborted(self._task):
                 return
-            if self._unit.clock() > deadline and self._unit.defer(self.run):
+            if self._unit.clock() > deadline and self._unit.defer(self._resume):
                 return
 
     def close(self) -> None:
@@ -102,5 +102,9 @@ class Execution:
         self._task.pending = None
         if self._unit.finish_aborted(self._task):
             return
+        self._resume()
+
+    def _resume(self) -> None:
+        """Go on outside of a front end's batch, which would have kicked the device."""
         self.run()
         self._unit.device.kick()

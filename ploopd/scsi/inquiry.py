@@ -19,9 +19,10 @@ MAX_COMPARE_AND_WRITE_BLOCKS = 128
 MAX_UNMAP_BLOCKS = 1 << 20
 """MAXIMUM UNMAP LBA COUNT: 512 MiB, so that one UNMAP ends well within a SCSI timeout."""
 MAX_UNMAP_DESCRIPTORS = 256
-MAX_WRITE_SAME_BLOCKS = 1 << 20
-PHYSICAL_BLOCK_EXPONENT = 3
-"""LBPPBE: 4 KiB physical blocks."""
+MAX_WRITE_SAME_BLOCKS = 32768
+"""MAXIMUM WRITE SAME LENGTH: 16 MiB, a multiple of the usual cluster sizes."""
+WSNZ = 1
+"""WRITE SAME of 0 blocks, which would mean to the end of the unit, is not supported."""
 
 NO_DEVICE = 0x7F
 """Peripheral qualifier 011b, device type 1Fh: no logical unit here."""
@@ -60,10 +61,14 @@ class Identity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provisioning:
-    """What the block limits depend on.  `granularity`: blocks per cluster."""
+    """What block limits and capacity depend on.
+
+    `granularity`: blocks per cluster.  `physical_exponent`: LBPPBE, 3 for 4 KiB physical blocks.
+    """
 
     thin: bool
     granularity: int
+    physical_exponent: int = 3
 
 
 def standard(identity: Identity | None) -> bytes:
@@ -136,11 +141,11 @@ def extended_inquiry() -> bytes:
 
 
 def block_limits(provisioning: Provisioning) -> bytes:
-    """Page B0h, in SBC-3's length of 3Ch.  WSNZ = 0: WRITE SAME of 0 blocks goes to the end."""
+    """Page B0h, in SBC-3's length of 3Ch."""
     thin = provisioning.thin
     body = struct.pack(
         ">BBHIIIIIIIQ20x",
-        0,
+        WSNZ,
         MAX_COMPARE_AND_WRITE_BLOCKS,
         OPTIMAL_GRANULARITY_BLOCKS,
         MAX_TRANSFER_BLOCKS,

@@ -76,8 +76,9 @@ class LogicalUnit:
     """One SCSI disk over one block device.
 
     `identity`: the image's UUID, from which the designators come; `serial` defaults to its
-    hexadecimal digits.  `defer`: how a long command that the storage answers at once gives way to
-    others; without it such a command runs to its end.
+    hexadecimal digits.  `physical_exponent`: LBPPBE, 3 for 4 KiB physical blocks.  `defer`: how a
+    long command that the storage answers at once gives way to others; without it such a command
+    runs to its end.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class LogicalUnit:
         read_only: bool = False,
         write_cache: bool = True,
         thin: bool = True,
+        physical_exponent: int = 3,
         defer: Defer | None = None,
     ) -> None:
         self.device = device
@@ -108,7 +110,11 @@ class LogicalUnit:
             product=product,
             revision=revision,
         )
-        self.provisioning = Provisioning(thin=thin, granularity=device.cluster_size >> BLOCK_SHIFT)
+        self.provisioning = Provisioning(
+            thin=thin,
+            granularity=device.cluster_size >> BLOCK_SHIFT,
+            physical_exponent=physical_exponent,
+        )
         self.blocks = device.size >> BLOCK_SHIFT
         self.modes = ModeParameters(write_cache=write_cache)
         self.commands = command_set(thin=thin)

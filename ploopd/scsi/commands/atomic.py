@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ploopd.scsi import transfer
+from ploopd.scsi.cdb import BLOCK_SIZE
 from ploopd.scsi.commands.block import check_equal, has_fua
 from ploopd.scsi.execution import Script
 from ploopd.scsi.inquiry import MAX_COMPARE_AND_WRITE_BLOCKS
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 
 def check_compare_and_write(unit: LogicalUnit, task: Task) -> None:
-    if task.cdb[13] > MAX_COMPARE_AND_WRITE_BLOCKS:
+    """A count of 0 together with whole pairs of blocks is one that did not fit: 256 and more."""
+    lost = task.cdb[13] == 0 and (task.expected_out or 0) >= 2 * BLOCK_SIZE
+    if lost or task.cdb[13] > MAX_COMPARE_AND_WRITE_BLOCKS:
         raise invalid_cdb_field(13)
 
 
@@ -55,7 +58,7 @@ def or_write(unit: LogicalUnit, task: Task) -> bytes | Script:
 
 
 def _or_write(unit: LogicalUnit, task: Task, data: memoryview) -> Script:
-    whole = -(-len(data) // 512) * 512
+    whole = -(-len(data) // BLOCK_SIZE) * BLOCK_SIZE
     buffer = unit.buffers.take(whole)
     try:
         yield from transfer.read(unit, task.range_start, buffer.view)

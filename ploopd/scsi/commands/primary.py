@@ -72,7 +72,13 @@ def read_capacity_16(unit: LogicalUnit, task: Task) -> bytes:
     """Thin provisioned units say LBPME and LBPRZ: unmapped blocks read as zeros."""
     provisioning = 0xC0 if unit.thin else 0
     return struct.pack(
-        ">QIBBBB16x", unit.blocks - 1, BLOCK_SIZE, 0, vpd.PHYSICAL_BLOCK_EXPONENT, provisioning, 0
+        ">QIBBBB16x",
+        unit.blocks - 1,
+        BLOCK_SIZE,
+        0,
+        unit.provisioning.physical_exponent,
+        provisioning,
+        0,
     )
 
 

@@ -35,11 +35,9 @@ def no_data_out(task: Task) -> bool:
 
 
 def check_write_same(unit: LogicalUnit, task: Task) -> None:
-    """A number of blocks of 0 means to the end of the unit (WSNZ = 0); the MAXIMUM WRITE SAME
-    LENGTH applies to that as well (SBC-3 5.45)."""
-    if task.range_start == task.range_end:
-        task.range_end = unit.blocks << BLOCK_SHIFT
-    if task.range_end - task.range_start > MAX_WRITE_SAME_BLOCKS << BLOCK_SHIFT:
+    """At least one block (WSNZ = 1), at most MAXIMUM WRITE SAME LENGTH (SBC-3 5.45)."""
+    blocks = (task.range_end - task.range_start) >> BLOCK_SHIFT
+    if not 0 < blocks <= MAX_WRITE_SAME_BLOCKS:
         assert task.command is not None
         raise invalid_cdb_field(task.command.length_byte)
 
@@ -60,8 +58,6 @@ def write_same(unit: LogicalUnit, task: Task) -> Script:
 
 
 def write_pattern(unit: LogicalUnit, offset: int, length: int, block: bytes) -> Script:
-    if length == 0:
-        return
     buffer = unit.buffers.take(min(length, transfer.CHUNK))
     try:
         view = buffer.view

@@ -62,6 +62,8 @@ def test_no_blocks_is_good_whatever_is_sent() -> None:
     host = bench.login()
     host.good(caw(0, 0))
     host.good(caw(0, 0, flags=0x18), bytes(BLOCK), expected=BLOCK)
+    answer = host.send(caw(0, 0), bytes(512 * BLOCK), expected=512 * BLOCK)
+    assert (answer.sense, answer.pointer) == ((5, 0x2400), (13, None))
     assert bench.device.log == []
 
 

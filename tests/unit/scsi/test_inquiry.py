@@ -139,7 +139,7 @@ def test_block_limits() -> None:
     data = page(0xB0, cluster_size=1 << 20)
     assert len(data) == 64
     fields = struct.unpack_from(">BBHIIIIIIIQ", data, 4)
-    assert fields == (0, 128, 8, 16384, 2048, 0, 1 << 20, 256, 2048, 1 << 31, 1 << 20)
+    assert fields == (1, 128, 8, 16384, 2048, 0, 1 << 20, 256, 2048, 1 << 31, 1 << 15)
     assert not any(data[44:])
 
 
