@@ -166,6 +166,7 @@ class Device:
             thin=True,
             buffers=env.buffers,
             clock=env.clock,
+            defer=trio.lowlevel.current_trio_token().run_sync_soon,
         )
         return device
 
