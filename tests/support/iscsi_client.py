@@ -113,7 +113,7 @@ class Pdu:
     def keys(self) -> dict[str, str]:
         """The text of a login or text response."""
         pairs = (item.split("=", 1) for item in self.data.decode().split("\0") if item)
-        return {key: value for key, value in pairs}
+        return {item[0]: item[1] for item in pairs}
 
     def word(self, offset: int) -> int:
         return int.from_bytes(self.bhs[offset : offset + 4], "big")
@@ -293,7 +293,7 @@ class Initiator:
         tag: int | None = None,
         ahs: bytes = b"",
     ) -> tuple[int, bytes]:
-        """A SCSI command; `read`/`write` = expected length (sets the R/W flag), `data` immediate."""
+        """A SCSI command; `read`/`write`: expected length (and flag), `data`: immediate data."""
         flags = attribute | (0x80 if final else 0) | (0x40 if read else 0) | (0x20 if write else 0)
         return self.request(
             0x01,
@@ -594,10 +594,13 @@ class Client:
     ) -> tuple[Pdu, bytes]:
         """Run a command to its end: (the PDU with its status, data-in).
 
-        `immediate_data`: bytes of `data` that go with the command (None: as many as fit into a
-        segment); then `unsolicited` bytes in Data-Out PDUs, and the rest as the R2Ts ask for it.
+        `immediate_data`: bytes of `data` that go with the command (None: as many as were agreed
+        on); then `unsolicited` bytes in Data-Out PDUs, and the rest as the R2Ts ask for it.
         """
-        first = min(len(data), segment) if immediate_data is None else immediate_data
+        if immediate_data is None:
+            burst = int(self.negotiated.get("FirstBurstLength", "65536"))
+            immediate_data = min(len(data), segment, burst)
+        first = immediate_data
         tag, pdu = self.initiator.command(
             cdb, read=read, write=write, data=data[:first], final=unsolicited == 0, lun=lun
         )

@@ -55,10 +55,10 @@ class FastPath:
                 itl, known_lun = find_itl(lun), lun
             if itl is None or tag == RESERVED_TAG:
                 break
-            if tx.op + 48 + expected > tx.size:
+            plain = flags & _ATTRIBUTE_BIT
+            if tx.op + 48 + (expected if plain == _READ else 0) > tx.size:
                 full = tx.pending > 0
                 break
-            plain = flags & _ATTRIBUTE_BIT
             if plain == _READ and lengths == 0:
                 end = position + 48
                 if not self._read(itl, buffer[position + 32 : end], tag, expected):
