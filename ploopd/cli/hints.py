@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +42,7 @@ Stop it with Ctrl-C.
 def usage_hints(export: Export, control: Path) -> str:
     """The commands for one LUN, as text."""
     portal, iqn, lun = export.url.removeprefix("iscsi://").rsplit("/", 2)
-    ploopctl = "ploopctl"
+    ploopctl = _ploopctl()
     if control != default_control_path():
         ploopctl += f" --control {shlex.quote(str(control))}"
     return _HINTS.format(
@@ -50,3 +53,12 @@ def usage_hints(export: Export, control: Path) -> str:
         device=export.device,
         ploopctl=ploopctl,
     )
+
+
+def _ploopctl() -> str:
+    """What to type for the `ploopctl` that belongs to this program."""
+    ours = os.path.join(os.path.dirname(sys.executable), "ploopctl")
+    found = shutil.which("ploopctl")
+    if found is not None and os.path.realpath(found) == os.path.realpath(ours):
+        return "ploopctl"
+    return shlex.quote(os.path.relpath(ours))
