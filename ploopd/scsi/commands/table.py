@@ -173,6 +173,7 @@ COMMANDS: tuple[Command, ...] = (
         writes=True,
         thin=True,
         data_out=provisioning.unmap_list_length,
+        check=provisioning.check_unmap,
         data_out_rule=DataOut.PARAMETERS,
     ),
     _row(

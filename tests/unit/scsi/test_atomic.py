@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import struct
 
 import pytest
 from hypothesis import given, settings
@@ -138,6 +139,21 @@ def test_readers_and_writers_wait_for_an_exclusive_range() -> None:
     read.release()
     away.release()
     assert bench.buffers.out == []
+
+
+def test_unmap_and_write_same_wait_for_an_exclusive_range() -> None:
+    bench = make_bench(completion=Completion.MANUAL)
+    host = bench.login()
+    host.start(caw(4, 2), bytes(1024) + NEW)
+    listing = struct.pack(">HHxxxxQIxxxx", 22, 16, 4, 1)
+    host.start(struct.pack(">B6xHx6x", 0x42, len(listing)), listing)
+    host.start(cdb10(0x41, 5, 1), bytes(BLOCK))
+    assert [o.op for o in bench.device.outstanding] == ["read"]
+    bench.device.complete(2)
+    assert [o.op for o in bench.device.outstanding] == ["discard", "write_zeroes"]
+    settle(bench)
+    assert [task.status for task in host.finished[1:]] == [0, 0, 0]
+    assert not any(bench.device.data)
 
 
 def test_an_exclusive_task_waits_for_what_runs() -> None:
