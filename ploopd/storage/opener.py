@@ -327,14 +327,12 @@ def _core(
 
 
 def _allocator(stack: Stack, report: BatReport | None) -> Allocator:
-    """The free space of the top; a raw or read-only one has none.
-
-    The file is extended from the first cluster after its end: a tail that is less than a cluster is
-    not used.
-    """
+    """The free space of the top; a raw or read-only one has none."""
     delta = stack.top.delta
     if delta is None or report is None or stack.read_only:
         return Allocator(first=0, end=0)
-    end = -(-stack.top.file.size() // stack.cluster_size)
     holes = [(int(first), int(count)) for first, count in report.leaks]
+    if stack.completed_cluster is not None:
+        holes.append((stack.completed_cluster, 1))
+    end = stack.top.file.size() // stack.cluster_size
     return Allocator(first=delta.header.header_clusters, end=end, holes=holes)

@@ -62,11 +62,20 @@ class Layer:
 class Stack:
     """The open files of one disk, `layers[0]` is the top.
 
-    Whoever has one closes it.  `cluster_size` is that of the deltas, or the one given for raw
+    Whoever has one closes it.  `completed_cluster`: the last cluster of the top's file if that was
+    cut short; nothing is in it.  `cluster_size` is that of the deltas, or the one given for raw
     files.
     """
 
-    __slots__ = ("cluster_size", "layers", "notes", "read_only", "size", "version")
+    __slots__ = (
+        "cluster_size",
+        "completed_cluster",
+        "layers",
+        "notes",
+        "read_only",
+        "size",
+        "version",
+    )
 
     def __init__(
         self, layers: list[Layer], *, read_only: bool, raw_cluster: int = RAW_CLUSTER
@@ -74,6 +83,7 @@ class Stack:
         self.layers = layers
         self.read_only = read_only
         self.notes: list[str] = []
+        self.completed_cluster: int | None = None
         top = layers[0]
         self.size = top.size
         self.version = 0 if top.delta is None else top.delta.header.version
@@ -188,9 +198,18 @@ class Stack:
             )
 
     def mark_in_use(self) -> None:
-        """Mark the top as open for writing, and sync: before anything else is written."""
-        if not self.read_only and self.top.delta is not None:
-            self.top.delta.mark_in_use()
+        """Mark the top as open for writing, and sync: before anything else is written.
+
+        A file that ends inside a cluster (a crash while it grew) is made whole clusters then, as
+        libploop's check does, so that the last one can be used.
+        """
+        if self.read_only or self.top.delta is None:
+            return
+        self.top.delta.mark_in_use()
+        whole, rest = divmod(self.top.file.size(), self.cluster_size)
+        if rest:
+            self.top.file.truncate((whole + 1) * self.cluster_size)
+            self.completed_cluster = whole
 
     def probe_bytes(self) -> int:
         """How many bytes at the start of the top are rewritten to see whether it can be written."""

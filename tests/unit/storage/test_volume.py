@@ -214,6 +214,29 @@ def test_discarded_clusters_are_reused_only_after_a_flush(shm: Path) -> None:
     trio.run(run)
 
 
+def test_a_file_that_ends_inside_a_cluster_is_completed_and_used(shm: Path) -> None:
+    path = empty(shm)
+    with path.open("ab") as file:
+        file.write(b"\xa5" * 1536)
+
+    async def run() -> None:
+        async with running_engine() as engine:
+            async with open_disk(path, engine):
+                pass
+            assert path.stat().st_size == CLUSTER
+            with path.open("ab") as file:
+                file.write(b"\xa5" * 1536)
+            async with open_disk(path, engine, preallocation=CLUSTER) as disk:
+                for cluster in range(3):
+                    await disk.write(cluster * CLUSTER + 4096, b"\x01" * 512)
+                    expected = bytes(4096) + b"\x01" * 512 + bytes(CLUSTER - 4608)
+                    assert await disk.read(cluster * CLUSTER, CLUSTER) == expected
+
+    trio.run(run)
+    assert table(path)[:4] == [1, 2, 3, 0]
+    assert path.stat().st_size == 4 * CLUSTER
+
+
 def test_flushes_share_syncs(shm: Path) -> None:
     path = empty(shm)
 
