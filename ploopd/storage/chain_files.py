@@ -92,6 +92,7 @@ def _from_descriptor(path: str, image_root: Path | None) -> DiskFiles:
     except FormatError as error:
         raise convert(error) from error
     _require_finished(descriptor, {entry.guid for entry in entries}, path)
+    _require_plain_text(descriptor, path)
     storage = descriptor.storages[0]
     directory = Path(path).absolute().parent
     images = []
@@ -105,6 +106,19 @@ def _from_descriptor(path: str, image_root: Path | None) -> DiskFiles:
         size=descriptor.disk_size_sectors * SECTOR,
         cluster_size=storage.block_size_sectors * SECTOR,
     )
+
+
+def _require_plain_text(descriptor: Descriptor, path: str) -> None:
+    """Raises UnsupportedError for an encrypted disk; a key of zeros is how none is written."""
+    key = descriptor.key_id
+    if key is not None and key.strip("{}-0 \t\r\n"):
+        raise UnsupportedError(
+            "the disk is encrypted",
+            path=path,
+            field="KeyId",
+            value=key,
+            hint="decrypt it with its own tools first",
+        )
 
 
 def _rooted(name: str, directory: Path, image_root: Path | None) -> tuple[Path, str]:

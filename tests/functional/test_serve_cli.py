@@ -426,9 +426,17 @@ BAD_DESCRIPTORS = [
     BadDescriptor(
         name="missing-file",
         edit=lambda t, d: t.replace(f"<File>{_file_name(t)}", "<File>nowhere.hds"),
-        code=ExitCode.NOT_FOUND,
     ),
     BadDescriptor(name="symlink-out", edit=_outside),
+    BadDescriptor(
+        name="encrypted",
+        edit=lambda t, d: t.replace(
+            "</Disk_Parameters>",
+            "<Encryption><KeyId>{4a6bba27-6b63-4ccb-87a9-60a1ff2bd0c4}</KeyId></Encryption>"
+            "</Disk_Parameters>",
+        ),
+        code=ExitCode.UNSUPPORTED,
+    ),
     BadDescriptor(
         name="unknown-parent",
         edit=lambda t, d: re.sub(
@@ -448,8 +456,7 @@ def test_a_bad_descriptor_is_refused(tmp_path: Path, bad: BadDescriptor) -> None
     descriptor.write_text(text)
     before = snapshot(tmp_path)
     result = run("serve", "--portal", "127.0.0.1:0", "--control", tmp_path / "c", case.serve)
-    assert result.returncode in (bad.code, ExitCode.DESCRIPTOR), result.stderr
-    assert_refused(result, ExitCode(result.returncode), str(descriptor.parent))
+    assert_refused(result, bad.code, str(descriptor.parent))
     assert snapshot(tmp_path) == before
 
 
