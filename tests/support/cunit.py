@@ -32,7 +32,9 @@ class CunitTest:
     skipped: bool = False
 
     def take(self, text: str) -> None:
-        """One line of the test's output."""
+        """One line of the test's output; what follows its last word is about its suite."""
+        if self.outcome is not Outcome.UNFINISHED:
+            return
         for mark in ("[SKIPPED]", "[FAILED]"):
             if mark in text:
                 self.skipped |= mark == "[SKIPPED]"
@@ -42,7 +44,7 @@ class CunitTest:
         word = text.strip()
         if word.startswith("FAILED") or word.endswith("...FAILED"):
             self.outcome = Outcome.FAIL
-        elif word.startswith("passed") and self.outcome is Outcome.UNFINISHED:
+        elif word.startswith("passed"):
             self.outcome = Outcome.SKIP if self.skipped else Outcome.PASS
 
 

@@ -314,11 +314,13 @@ class FaultFs:
         self._process = subprocess.Popen(
             [*command, str(self.mountpoint), str(self._control)],
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             cwd=Path(__file__).resolve().parents[2],
         )
         deadline = time.monotonic() + 20
         while not self._connect():
             if self._process.poll() is not None or time.monotonic() > deadline:
+                self.close()
                 raise RuntimeError(f"faultfs does not mount: {self._process.poll()}")
             time.sleep(0.02)
         return self
@@ -326,9 +328,14 @@ class FaultFs:
     def _connect(self) -> bool:
         if not self._control.exists() or not os.path.ismount(self.mountpoint):
             return False
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(self._control))
-        self._socket.settimeout(10)
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(str(self._control))
+        except ConnectionRefusedError:  # between its bind and its listen
+            connection.close()
+            return False
+        connection.settimeout(10)
+        self._socket = connection
         return True
 
     def _ask(self, **request: Any) -> dict[str, Any]:
@@ -376,9 +383,13 @@ class FaultFs:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with contextlib.suppress(OSError, RuntimeError):
-            self.clear()
+        self.close()
+
+    def close(self) -> None:
+        """Let everything go on that hangs, unmount and end the process."""
         if self._socket is not None:
+            with contextlib.suppress(OSError, RuntimeError):
+                self.clear()
             self._socket.close()
         subprocess.run(["fusermount3", "-u", "-z", str(self.mountpoint)], check=False)
         assert self._process is not None
