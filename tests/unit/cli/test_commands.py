@@ -250,6 +250,12 @@ def test_usage_errors_are_one_line(
     assert len(result.err.splitlines()) == 1
 
 
+def test_the_nearest_command_is_proposed(capsys: pytest.CaptureFixture[str]) -> None:
+    result = call(capsys, ploopctl, "devise", "list")
+    assert result.code == ExitCode.USAGE
+    assert "did you mean device?" in result.err
+
+
 def test_a_secret_cannot_be_given_on_the_command_line() -> None:
     from ploopd.cli.serve import serve
 
