@@ -100,7 +100,10 @@ class Commands:
         assert task is not None
         command.wanted = min(task.data_out_length, command.expected if command.writes else 0)
         if command.wanted == 0:
-            self.data_out.begin(command, data)
+            if command.unsolicited:
+                self.data_out.begin(command, data)
+            else:
+                self.gathered(command)
             return
         if self._take_buffer(command):
             self.data_out.begin(command, data)
@@ -227,6 +230,9 @@ class Commands:
         if command.reads and data and task.direction is Direction.TO_INITIATOR:
             if len(data) > command.expected:
                 data = data[: command.expected]
+            if self._send_at_once(task, data, flag, residual):
+                self._data_sent(command, task)
+                return
             release = partial(self._data_sent, command, task)
             if data:
                 self._send_data(command, task, data, flag, residual, release)
@@ -236,6 +242,12 @@ class Commands:
             task.release()
             self._flow.budget.forget(command)
         self._send_response(command, task.status, task.sense, flag, residual)
+
+    def _send_at_once(self, task: Task, data: memoryview, flag: int, residual: int) -> bool:
+        """The usual case of `_send_data`: little data, all of it in one PDU with the status."""
+        if task.sense or not 0 < len(data) <= self._flow.parameters.data_in_limit:
+            return False
+        return self._flow.tx.put_data_in(FINAL | 1 | flag, task.status, task.tag, residual, data)
 
     def _data_sent(self, command: Command, task: Task) -> None:
         task.release()

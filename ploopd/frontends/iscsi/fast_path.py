@@ -81,7 +81,7 @@ class FastPath:
         if extent is None or extent[1] != expected:
             return False
         flow = self._flow
-        if expected > flow.parameters.max_send_segment:
+        if expected > flow.parameters.data_in_limit:
             return self._long_read(itl, extent[0], tag, expected)
         tx = flow.tx
         op = tx.op

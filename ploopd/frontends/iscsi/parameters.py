@@ -165,12 +165,14 @@ KEYS = {key.name: key for key in _TABLE}
 class Parameters:
     """The values in force.  Before negotiation they are the standard's defaults.
 
-    `max_send_segment` is the initiator's MaxRecvDataSegmentLength, `max_receive_segment` ours.
+    `max_send_segment` is the initiator's MaxRecvDataSegmentLength, `max_receive_segment` ours;
+    `data_in_limit` is the most that one Data-In PDU which is a sequence of its own may carry.
     """
 
     header_digest: bool = False
     data_digest: bool = False
     max_send_segment: int = 8192
+    data_in_limit: int = 8192
     max_receive_segment: int = 8192
     initial_r2t: bool = True
     immediate_data: bool = True
@@ -250,6 +252,7 @@ class Negotiation:
         parameters.initial_r2t = values["InitialR2T"] == "Yes"
         parameters.immediate_data = values["ImmediateData"] == "Yes"
         parameters.max_burst = int(values["MaxBurstLength"])
+        parameters.data_in_limit = min(parameters.max_send_segment, parameters.max_burst)
         parameters.first_burst = min(int(values["FirstBurstLength"]), parameters.max_burst)
         parameters.max_outstanding_r2t = int(values["MaxOutstandingR2T"])
         parameters.time2wait = int(values["DefaultTime2Wait"])
@@ -299,4 +302,5 @@ def redeclare(parameters: Parameters, pairs: list[tuple[str, str]]) -> list[tupl
             if number is None or not key.low <= number <= key.high:
                 raise NegotiationError(f"{name} is out of its range")
             parameters.max_send_segment = number
+            parameters.data_in_limit = min(number, parameters.max_burst)
     return answers

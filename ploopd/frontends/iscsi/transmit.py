@@ -14,7 +14,6 @@ from itertools import islice
 from ploopd.frontends.iscsi.digest import data_digest, digest
 from ploopd.frontends.iscsi.pdu import (
     BHS_LENGTH,
-    FINAL,
     RESPONSE,
     SERIAL_MASK,
     Opcode,
@@ -215,9 +214,43 @@ class Transmitter:
         if tail:
             self._append(tail)
 
-    def window_update(self) -> None:
-        """A NOP-In that asks for nothing: it tells the initiator the window (RFC 7143 11.19)."""
-        self.emit(Opcode.NOP_IN, FINAL, tag=0xFFFFFFFF, status=False)
+    def put_data_in(
+        self, flags: int, status: int, tag: int, residual: int, data: memoryview
+    ) -> bool:
+        """Copy a whole answer, one Data-In with its status, into the arena.
+
+        False, and nothing done, if it is not as simple as that.  This is what most commands that
+        had to wait for the storage end with.
+        """
+        length, op = len(data), self.op
+        end = op + BHS_LENGTH + length
+        if length & 3 or length > COPY_LIMIT or end > self.size:
+            return False
+        if self.header_digest or self.data_digest:
+            return False
+        stat_sn = self.stat_sn
+        RESPONSE.pack_into(
+            self.arena,
+            op,
+            Opcode.DATA_IN,
+            flags,
+            0,
+            status,
+            length,
+            0,
+            tag,
+            0xFFFFFFFF,
+            stat_sn,
+            self.exp_cmd_sn,
+            self.max_cmd_sn,
+            0,
+            0,
+            residual,
+        )
+        self.arena[op + BHS_LENGTH : end] = data
+        self.stat_sn = (stat_sn + 1) & SERIAL_MASK
+        self.op = end
+        return True
 
     def _append_header(self, header: bytes) -> None:
         self._append(header)

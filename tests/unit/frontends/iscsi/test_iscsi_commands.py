@@ -53,7 +53,10 @@ def test_phase_collapse(kind: str) -> None:
 @KINDS
 @pytest.mark.parametrize("segment", [512, 4096, 5000, 65536])
 @pytest.mark.parametrize("burst", [8192, 262144])
-def test_long_reads_in_segments_and_bursts(kind: str, segment: int, burst: int) -> None:
+@pytest.mark.parametrize("blocks", [8, 20, 300])
+def test_long_reads_in_segments_and_bursts(
+    kind: str, segment: int, burst: int, blocks: int
+) -> None:
     rig = Rig(devices=[DEVICES[kind]()])
     rig.device.data[: 1 << 20] = pattern(1 << 20, 5)
     client = rig.logged_in(
@@ -61,7 +64,7 @@ def test_long_reads_in_segments_and_bursts(kind: str, segment: int, burst: int) 
         MaxBurstLength=str(burst),
         FirstBurstLength=str(burst),
     )
-    tag, pdu = client.initiator.command(read_16(0, 300), read=300 * 512)
+    tag, pdu = client.initiator.command(read_16(0, blocks), read=blocks * 512)
     client.send(pdu)
     received, number, since_final = b"", 0, 0
     while True:
@@ -78,7 +81,7 @@ def test_long_reads_in_segments_and_bursts(kind: str, segment: int, burst: int) 
             since_final = 0
         if answer.flags & 1:
             break
-    assert received == bytes(rig.device.data[: 300 * 512])
+    assert received == bytes(rig.device.data[: blocks * 512])
 
 
 def test_check_condition_comes_in_a_response() -> None:
