@@ -124,13 +124,12 @@ async def open_disk(
                 await volume.close()
         else:
             volume.abandon()
-            paths = [layer.path for layer in volume.layers]
-            await trio.to_thread.run_sync(_wait_until_closed, paths)
+            await trio.to_thread.run_sync(wait_until_closed, volume)
 
 
-def _wait_until_closed(paths: list[str]) -> None:
-    """Wait until the descriptors that are closed in the background are."""
-    wanted = {os.path.realpath(path) for path in paths}
+def wait_until_closed(volume: Volume) -> None:
+    """Wait until the descriptors of an abandoned volume have been closed in the background."""
+    wanted = {os.path.realpath(layer.path) for layer in volume.layers}
     deadline = time.monotonic() + DEADLINE
     while wanted & set(_open_files()):
         assert time.monotonic() < deadline, "an abandoned volume still has its files"

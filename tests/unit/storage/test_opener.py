@@ -30,6 +30,7 @@ from ploopd.storage.opener import OpenOptions, open_volume
 from ploopd.storage.probe import ImageFormat
 from ploopd.storage.volume import Volume
 from tests.support import images, oracles
+from tests.support.volumes import wait_until_closed
 
 CLUSTER = 64 << 10
 CLUSTERS = 6
@@ -38,6 +39,11 @@ SIZE = CLUSTER * CLUSTERS
 
 def open_it(path: Path | str, **options: Any) -> Volume:
     return open_volume(path, OpenOptions(**options), make_engine("threads"))
+
+
+def abandon(volume: Volume) -> None:
+    volume.abandon()
+    wait_until_closed(volume)
 
 
 def delta(directory: Path, name: str = "disk.hds", version: int = 2) -> Path:
@@ -154,7 +160,7 @@ def test_unclean_image_without_errors_is_served_with_a_note(tmp_path: Path) -> N
     path = delta(tmp_path)
     patch(path, 44, u32(IN_USE))
     volume = open_it(path)
-    volume.abandon()
+    abandon(volume)
     assert any("not closed cleanly" in note for note in volume.notes)
 
 
@@ -170,7 +176,7 @@ def test_read_only_never_writes(tmp_path: Path, word: int) -> None:
     assert volume.read_only
     assert volume.try_read(CLUSTER, buffer)
     assert bytes(buffer) == bytes(512)
-    volume.abandon()
+    abandon(volume)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
     assert not {op for op, _ in layer.calls} & {"write", "truncate", "fallocate"}
@@ -184,7 +190,7 @@ def test_in_use_is_set_and_the_extension_dropped_at_open(tmp_path: Path) -> None
     header = path.read_bytes()[:64]
     assert struct.unpack_from("<I", header, 44)[0] == IN_USE
     assert struct.unpack_from("<Q", header, 56)[0] == 0
-    volume.abandon()
+    abandon(volume)
 
 
 def test_cannot_be_opened_twice_nor_by_qemu(tmp_path: Path) -> None:
@@ -197,7 +203,7 @@ def test_cannot_be_opened_twice_nor_by_qemu(tmp_path: Path) -> None:
     with pytest.raises(oracles.OracleError, match="lock"):
         oracles.run("qemu-io", "-f", "parallels", "-c", "read 0 512", str(path), accept=(0,))
     assert path.read_bytes() == before
-    volume.abandon()
+    abandon(volume)
 
 
 def test_missing_and_forbidden(tmp_path: Path) -> None:
@@ -223,7 +229,7 @@ def test_raw_file(tmp_path: Path) -> None:
     volume = open_it(path)
     assert (volume.format_version, volume.size) == (0, 3 * CLUSTER + 512)
     assert [layer.kind for layer in volume.layers] == ["raw"]
-    volume.abandon()
+    abandon(volume)
 
 
 @pytest.mark.parametrize("name", ["root.hds", "root.hdd", "root.hds.{5fbaabe3}", "disk.img"])
@@ -249,7 +255,7 @@ def test_what_a_file_is_can_be_said(tmp_path: Path) -> None:
         open_it(path)
     volume = open_it(path, format=ImageFormat.RAW)
     assert volume.size == CLUSTER
-    volume.abandon()
+    abandon(volume)
 
 
 def test_raw_file_with_a_ragged_end(tmp_path: Path) -> None:
@@ -279,7 +285,7 @@ def test_directory_with_a_chain(tmp_path: Path) -> None:
         (1, "base.hds"),
     ]
     assert volume.layers[0].guid == images.guid(1)
-    volume.abandon()
+    abandon(volume)
 
 
 def test_bad_files_in_descriptors(tmp_path: Path) -> None:
@@ -307,7 +313,7 @@ def test_image_root_lets_a_descriptor_reach_its_neighbours(tmp_path: Path) -> No
         open_it(path)
     with pytest.raises(DescriptorError):
         open_it(path, image_root=tmp_path / "a")
-    open_it(path, image_root=tmp_path).abandon()
+    abandon(open_it(path, image_root=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -395,7 +401,7 @@ def test_identity_stays_with_the_image(tmp_path: Path) -> None:
     path = delta(tmp_path)
     volume = open_it(path)
     first = volume.identity
-    volume.abandon()
+    abandon(volume)
     assert uuid.UUID((tmp_path / "disk.hds.uuid").read_text().strip()) == first
     moved = tmp_path / "elsewhere"
     moved.mkdir()
@@ -403,10 +409,12 @@ def test_identity_stays_with_the_image(tmp_path: Path) -> None:
         (tmp_path / name).rename(moved / name)
     volume = open_it(moved / "disk.hds", read_only=True)
     assert volume.identity == first
-    volume.abandon()
+    abandon(volume)
     volume = open_it(delta(tmp_path), read_only=True)
     assert volume.identity != first
-    assert volume.identity == open_it(path, read_only=True).identity
+    again = open_it(path, read_only=True)
+    assert volume.identity == again.identity
+    abandon(again)
 
 
 def test_a_damaged_identity_is_not_replaced(tmp_path: Path) -> None:
