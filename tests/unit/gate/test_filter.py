@@ -441,6 +441,21 @@ def test_a_failed_recovery_ends_in_standby_unless_an_active_device_is_untouched(
         assert answers == ([None] if resumed else [])
 
 
+def test_an_active_device_whose_storage_fails_during_a_recovery_does_not_go_on() -> None:
+    bench, answers = Bench(completion=Completion.MANUAL), []
+    bench.gate.write(0, data(), answers.append)
+    bench.gate.begin_recovery()
+    assert bench.gate.standby_text == "off"
+    bench.fail("write")
+    bench.device.complete()
+    assert (bench.gate.state, bench.gate.standby_text) == (GateState.RECOVERING, "on")
+    bench.gate.fail_recovery(BusyError("no"), untouched=True)
+    assert bench.gate.state is GateState.STANDBY
+    assert (answers, bench.gate.parked_count) == ([], 1)
+    bench.replaced().complete()
+    assert answers == [None]
+
+
 def test_swap_is_refused_outside_recovery_and_for_another_geometry() -> None:
     bench = Bench()
     with pytest.raises(ValueError, match="while active"):
