@@ -414,6 +414,7 @@ def test_identity_stays_with_the_image(tmp_path: Path) -> None:
     assert volume.identity != first
     again = open_it(path, read_only=True)
     assert volume.identity == again.identity
+    volume.abandon()
     abandon(again)
 
 
