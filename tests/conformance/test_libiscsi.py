@@ -20,6 +20,9 @@ pytestmark = [pytest.mark.functional, pytest.mark.timeout(400)]
 
 HERE = Path(__file__).resolve().parent
 EXPECTED = HERE / "expected.txt"
+# The tool's second loop asks for the status of LBA i+1 and expects a descriptor that begins at LBA
+# i+8 where a physical block has 8 logical ones; SBC-3 5.5.2 wants it to begin at the LBA asked for.
+TOOL_ERRORS = ("GetLBAStatus.UnmapSingle",)
 OUT = Path(os.environ.get("PLOOPD_TEST_OUT", HERE.parents[1] / "out"))
 
 
@@ -99,6 +102,6 @@ def test_every_result_is_the_expected_one(results: dict[str, CunitTest]) -> None
 
 def test_nothing_fails_outside_reservations_and_extended_copy() -> None:
     """The list itself may hold failures only where the commands are not there yet."""
-    excused = ("Prout", "Prin", "Reserve6", "ExtendedCopy", "ReceiveCopyResults")
+    excused = ("Prout", "Prin", "Reserve6", "ExtendedCopy", "ReceiveCopyResults", *TOOL_ERRORS)
     failing = [name for name, outcome in read_expectations().items() if outcome is Outcome.FAIL]
     assert [name for name in failing if not name.startswith(excused)] == []

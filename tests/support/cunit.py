@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 _SUITE = re.compile(r"Suite: (\S+)")
+_ASSERTION = re.compile(r"\s+\d+\. (.*?)(?:\[SKIPPED\].*)?$")
 _TEST = re.compile(r"\s+Test: (\S+) \.\.\.(.*)")
 
 
@@ -32,20 +33,29 @@ class CunitTest:
     skipped: bool = False
 
     def take(self, text: str) -> None:
-        """One line of the test's output; what follows its last word is about its suite."""
+        """One line of the test's output.
+
+        What follows the closing word is about the suite, except for the numbered list of failed
+        assertions.
+        """
         if self.outcome is not Outcome.UNFINISHED:
+            if self.outcome is Outcome.FAIL and (match := _ASSERTION.match(text)):
+                self._add(match[1].strip())
             return
-        for mark in ("[SKIPPED]", "[FAILED]"):
-            if mark in text:
-                self.skipped |= mark == "[SKIPPED]"
-                reason = text.split(mark, 1)[1].strip()
-                if reason not in self.reasons:
-                    self.reasons.append(reason)
         word = text.strip()
-        if word.startswith("FAILED") or word.endswith("...FAILED"):
+        if word.startswith("FAILED"):
             self.outcome = Outcome.FAIL
         elif word.startswith("passed"):
             self.outcome = Outcome.SKIP if self.skipped else Outcome.PASS
+        elif "[SKIPPED]" in text:
+            self.skipped = True
+            self._add(text.split("[SKIPPED]", 1)[1].strip())
+        elif "[FAILED]" in text:
+            self._add(text.split("[FAILED]", 1)[1].strip())
+
+    def _add(self, reason: str) -> None:
+        if reason not in self.reasons:
+            self.reasons.append(reason)
 
 
 def parse(log: str) -> dict[str, CunitTest]:
