@@ -15,11 +15,11 @@ from ploopd.errors import StorageError
 from ploopd.fileio.oslayer import OsLayer
 
 PATIENCE = 4
-"""Misses in a row before NOWAIT calls are left out for a while: a miss costs more than a hit."""
+"""Misses in a row before NOWAIT reads are left out for a while: a miss costs more than a hit."""
 
 SKIP_FIRST = 16
 SKIP_MOST = 1024
-"""How many calls go straight to the engine then; doubled while the next try misses again."""
+"""How many reads go straight to the engine then; doubled while the next try misses again."""
 
 _FOR_EVER = 1 << 62
 
@@ -63,78 +63,50 @@ class PlainInline:
 
 
 class NowaitInline:
-    """Local file systems: what the kernel does without waiting (preadv2(2), RWF_NOWAIT).
+    """Local file systems: reads that the kernel answers without waiting (preadv2(2), RWF_NOWAIT).
 
     Reads that miss the page cache several times in a row are not tried for a while, in which the
-    engine serves hits, too; writes likewise (XFS declines the first one of each clock tick, which
-    has to note the time).  A file system that has no such writes (ext4) is not asked again.
+    engine serves hits, too.  Writes are the engine's: ext4 has none without waiting, XFS declines
+    the first one of each clock tick, and all of them sleep while the file system is frozen.
     """
 
-    __slots__ = (
-        "_path",
-        "_preadv",
-        "_pwritev",
-        "_read_misses",
-        "_skip_reads",
-        "_skip_writes",
-        "_write_misses",
-        "fd",
-    )
+    __slots__ = ("_misses", "_path", "_preadv", "_skip", "fd")
 
     def __init__(self, fd: int, path: str, layer: OsLayer) -> None:
         self.fd = fd
         self._path = path
         self._preadv = layer.preadv
-        self._pwritev = layer.pwritev
-        self._read_misses = 0
-        self._skip_reads = 0
-        self._write_misses = 0
-        self._skip_writes = 0
+        self._misses = 0
+        self._skip = 0
 
     def try_read(self, buffer: memoryview, offset: int) -> bool:
-        if self._skip_reads:
-            self._skip_reads -= 1
+        if self._skip:
+            self._skip -= 1
             return False
         try:
             if self._preadv(self.fd, (buffer,), offset, os.RWF_NOWAIT) == len(buffer):
-                self._read_misses = 0
+                self._misses = 0
                 return True
         except BlockingIOError:
             pass
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise StorageError.from_os(error, "read", self._path, offset) from error
-            self._skip_reads = _FOR_EVER
+            self._skip = _FOR_EVER
             return False
-        self._read_misses += 1
-        self._skip_reads = _pause(self._read_misses)
+        self._misses += 1
+        self._skip = _pause(self._misses)
         return False
 
     def try_write(self, buffer: memoryview, offset: int) -> bool:
-        if self._skip_writes:
-            self._skip_writes -= 1
-            return False
-        try:
-            if self._pwritev(self.fd, (buffer,), offset, os.RWF_NOWAIT) == len(buffer):
-                self._write_misses = 0
-                return True
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise StorageError.from_os(error, "write", self._path, offset) from error
-            self._skip_writes = _FOR_EVER
-            return False
-        self._write_misses += 1
-        self._skip_writes = _pause(self._write_misses)
         return False
 
 
 def _pause(misses: int) -> int:
-    """How many calls are left out after so many misses in a row."""
+    """How many reads are left out after so many misses in a row."""
     if misses < PATIENCE:
         return 0
-    return int(min(SKIP_FIRST << min(misses - PATIENCE, 16), SKIP_MOST))
+    return min(SKIP_FIRST << min(misses - PATIENCE, 16), SKIP_MOST)
 
 
 class NoInline:

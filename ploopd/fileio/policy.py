@@ -24,9 +24,9 @@ class CacheMode(Enum):
 class Policy(Enum):
     """How data operations are executed.
 
-    INLINE: plain preadv/pwritev in the loop (memory file systems).  NOWAIT: RWF_NOWAIT in the loop,
-    the engine for what would wait.  RING, THREADS: the engine for everything, by io_uring or by
-    worker threads.
+    INLINE: plain preadv/pwritev in the loop (memory file systems).  NOWAIT: RWF_NOWAIT reads in the
+    loop, the engine for misses and all writes.  RING, THREADS: the engine for everything, by
+    io_uring or by worker threads.
     """
 
     INLINE = "inline"

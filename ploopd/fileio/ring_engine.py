@@ -14,17 +14,16 @@ import trio
 
 from ploopd.fileio.buffers import Buffer, BufferPool
 from ploopd.fileio.completions import Callback, Completions
+from ploopd.fileio.stall_watch import Operation, StallWatch, file_of
 from ploopd.fileio.thread_engine import ThreadEngine
-from ploopd.fileio.uring import ASYNC, CANCEL_ALL_OF_FD, FSYNC_DATASYNC, Opcode, Ring
+from ploopd.fileio.uring import ASYNC, CANCEL_ALL_OF_FD, FSYNC_DATASYNC, Entry, Opcode, Ring
 
 WORKERS = 512
 """Kernel workers for operations that block; they exist only while they are needed."""
 
+_THREADS_PER_FILE = 8
 _MAX_ROUNDS = 8
 _RETRY = 0.01
-
-_Entry = tuple[int, int, int, int, int, int, int, int]
-"""opcode, fd, address, length, offset, tag, op_flags, sqe_flags: what `Ring.push` takes."""
 
 
 class RingEngine:
@@ -48,10 +47,13 @@ class RingEngine:
         except OSError as error:
             if error.errno != errno.EINVAL:  # before Linux 5.15: its default must do
                 raise
-        self._threads = ThreadEngine(buffers=self.buffers, completions=self._results)
-        self._operations: dict[int, tuple[int, Buffer | None, Callback]] = {}
-        self._backlog: deque[_Entry] = deque()
+        self._threads = ThreadEngine(
+            per_file=_THREADS_PER_FILE, buffers=self.buffers, completions=self._results
+        )
+        self._operations: dict[int, Operation] = {}
+        self._backlog: deque[Entry] = deque()
         self._stalling: set[int] = set()
+        self._watch = StallWatch(self._operations, self._submit_control, self._threads)
         self._tag = 0
         self._pumping = False
         self._closed = False
@@ -59,7 +61,7 @@ class RingEngine:
     @property
     def outstanding(self) -> int:
         """Operations of the ring that have not come back."""
-        return len(self._operations)
+        return len(self._operations) - self._watch.own_operations
 
     def may_stall(self, fd: int, stalls: bool) -> None:
         """Whether reads and writes of `fd` are for the kernel's workers from the start.
@@ -67,6 +69,7 @@ class RingEngine:
         io_uring tries every operation in the submitting thread first.  FUSE accepts that try and
         then sleeps in it while its queue of background requests (12 by default) is full.
         """
+        self._watch.forget(fd)
         if stalls:
             self._stalling.add(fd)
         else:
@@ -76,49 +79,43 @@ class RingEngine:
 
     def read(self, fd: int, buffer: Buffer, start: int, offset: int, callback: Callback) -> None:
         """Fill `buffer` from its byte `start` on with what is at `offset + start`."""
+        flags = ASYNC if fd in self._stalling else 0
+        address, length = buffer.address + start, buffer.length - start
         self._tag = tag = self._tag + 1
-        self._operations[tag] = (fd, buffer, callback)
-        self._push(
-            (
-                Opcode.READ,
-                fd,
-                buffer.address + start,
-                buffer.length - start,
-                offset + start,
-                tag,
-                0,
-                ASYNC if fd in self._stalling else 0,
-            )
-        )
+        entry = (Opcode.READ, fd, address, length, offset + start, tag, 0, flags)
+        self._operations[tag] = (entry, buffer, callback)
+        self._push(entry)
 
     def write(self, fd: int, buffer: Buffer, start: int, offset: int, callback: Callback) -> None:
         """Write `buffer` from its byte `start` on to `offset + start`."""
+        if self._watch.diverts(fd):
+            self._threads.write(fd, buffer, start, offset, callback)
+            return
+        flags = ASYNC if fd in self._stalling else 0
+        address, length = buffer.address + start, buffer.length - start
         self._tag = tag = self._tag + 1
-        self._operations[tag] = (fd, buffer, callback)
-        self._push(
-            (
-                Opcode.WRITE,
-                fd,
-                buffer.address + start,
-                buffer.length - start,
-                offset + start,
-                tag,
-                0,
-                ASYNC if fd in self._stalling else 0,
-            )
-        )
+        self._watch.newest = tag
+        entry = (Opcode.WRITE, fd, address, length, offset + start, tag, 0, flags)
+        self._operations[tag] = (entry, buffer, callback)
+        self._push(entry)
 
     def fdatasync(self, fd: int, callback: Callback) -> None:
         """Bring what was written to `fd` to stable storage."""
         self._tag = tag = self._tag + 1
-        self._operations[tag] = (fd, None, callback)
-        self._push((Opcode.FSYNC, fd, 0, 0, 0, tag, FSYNC_DATASYNC, 0))
+        entry = (Opcode.FSYNC, fd, 0, 0, 0, tag, FSYNC_DATASYNC, 0)
+        self._operations[tag] = (entry, None, callback)
+        self._push(entry)
 
     def fallocate(self, fd: int, mode: int, offset: int, length: int, callback: Callback) -> None:
         """fallocate(2); the entry has the length where others have the address."""
+        if self._watch.diverts(fd):
+            self._threads.fallocate(fd, mode, offset, length, callback)
+            return
         self._tag = tag = self._tag + 1
-        self._operations[tag] = (fd, None, callback)
-        self._push((Opcode.FALLOCATE, fd, length, mode, offset, tag, 0, 0))
+        self._watch.newest = tag
+        entry = (Opcode.FALLOCATE, fd, length, mode, offset, tag, 0, 0)
+        self._operations[tag] = (entry, None, callback)
+        self._push(entry)
 
     def call(
         self,
@@ -133,18 +130,33 @@ class RingEngine:
     def disown(self, fd: int) -> None:
         """`fd` hangs: what has not begun ends with ECANCELED, the rest is asked to."""
         self._threads.disown(fd)
-        dropped = [entry for entry in self._backlog if entry[1] == fd]
+        self._watch.forget(fd)
+        dropped = [entry for entry in self._backlog if file_of(entry) == fd]
         if dropped:
-            self._backlog = deque(entry for entry in self._backlog if entry[1] != fd)
+            self._backlog = deque(entry for entry in self._backlog if file_of(entry) != fd)
         for entry in dropped:
             _, _, callback = self._operations.pop(entry[5])
             self._results.post(callback, -errno.ECANCELED)
-        if any(owner == fd for owner, _, _ in self._operations.values()):
-            self._tag = tag = self._tag + 1
-            self._operations[tag] = (-1, None, _ignore)
-            self._push((Opcode.ASYNC_CANCEL, fd, 0, 0, 0, tag, CANCEL_ALL_OF_FD, 0))
+        if any(file_of(entry) == fd for entry, _, _ in self._operations.values()):
+            self._submit_control(Opcode.ASYNC_CANCEL, fd, 0, 0, CANCEL_ALL_OF_FD, None, _ignore)
 
-    def _push(self, entry: _Entry) -> None:
+    def _submit_control(
+        self,
+        opcode: Opcode,
+        fd: int,
+        address: int,
+        length: int,
+        op_flags: int,
+        buffer: Buffer | None,
+        callback: Callback,
+    ) -> None:
+        """An operation about operations: a cancellation or a time-out."""
+        self._tag = tag = self._tag + 1
+        entry = (opcode, fd, address, length, 0, tag, op_flags, 0)
+        self._operations[tag] = (entry, buffer, callback)
+        self._push(entry)
+
+    def _push(self, entry: Entry) -> None:
         if (
             self._backlog
             or len(self._operations) > self._ring.completions
@@ -158,6 +170,7 @@ class RingEngine:
         """Submit what was queued by one system call; call back what has completed by now.
 
         Callbacks may queue more and may kick; what they queue is submitted before this returns.
+        Callbacks that never end do not keep the loop from its other work.
         """
         if self._pumping:
             return
@@ -166,8 +179,10 @@ class RingEngine:
             for _ in range(_MAX_ROUNDS):
                 self._submit()
                 if not self._deliver():
-                    return
-            self._submit()  # the callbacks never end: the loop has other work, too
+                    break
+            if self._watch.due:
+                self._watch.begin()
+            self._submit()
         finally:
             self._pumping = False
 
@@ -196,7 +211,10 @@ class RingEngine:
         results.drain()  # before looking: what completes from now on wakes the loop again
         operations, queue = self._operations, results.queue
         for tag, result in ring.reap():
-            queue.append((operations.pop(tag)[2], result))
+            operation = operations.pop(tag)
+            if result < 0 and self._watch.takes_over(operation, result):
+                continue
+            queue.append((operation[2], result))
         results.deliver()
         return True
 
@@ -218,7 +236,7 @@ class RingEngine:
             return
         self._closed = True
         quiet = self._threads.close()
-        if self._operations:
+        if self.outstanding:
             threading.Thread(target=self._linger, name="ploopd-io-linger", daemon=True).start()
         else:
             self._ring.close()
@@ -227,7 +245,7 @@ class RingEngine:
 
     def _linger(self) -> None:
         """Hold ring and buffers while the kernel may still write into them."""
-        while self._operations:
+        while self.outstanding > 0:
             try:
                 self._ring.submit(wait=1)
             except OSError:

@@ -57,6 +57,7 @@ class Opcode(IntEnum):
 
     NOP = 0
     FSYNC = 3
+    TIMEOUT = 11
     ASYNC_CANCEL = 14
     FALLOCATE = 17
     READ = 22
@@ -66,6 +67,9 @@ class Opcode(IntEnum):
 FSYNC_DATASYNC = 1
 ASYNC = 1 << 4
 """IOSQE_ASYNC: a kernel worker does it from the start, so that submitting never waits."""
+
+Entry = tuple[int, int, int, int, int, int, int, int]
+"""opcode, fd, address, length, offset, tag, op_flags, sqe_flags: what `Ring.push` takes."""
 
 
 class Ring:

@@ -308,7 +308,7 @@ async def test_an_inline_error_is_the_storages(
     layer = FaultyOs(Fault(op="write", error=errno.ENOTCONN), Fault(op="read", short=10))
     path = make(directory)
     async with running_engine() as engine:
-        file = File.open(path, read_only=False, engine=engine, layer=layer)
+        file = File.open(path, read_only=False, engine=engine, layer=layer, io="inline")
         with pytest.raises(StorageError) as caught:
             file.try_write(memoryview(bytes(512)), 1024)
         assert (caught.value.errno, caught.value.offset) == (errno.ENOTCONN, 1024)
