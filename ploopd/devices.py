@@ -203,7 +203,11 @@ class Device:
             await nursery.start(self.volume.run)
             nursery.start_soon(self._expire)
             task_status.started()
-            await trio.sleep_forever()
+            try:
+                await trio.sleep_forever()
+            finally:
+                # What a disowned thread opens from now on is let go, not closed by a task.
+                self._nursery = None
 
     async def close(self) -> None:
         """Close the volume; raises StorageError when it could not be closed cleanly.

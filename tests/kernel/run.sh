@@ -59,7 +59,8 @@ timeout --kill-after=10 "$TIMEOUT" taskset -c "$CPU" \
     env ${PRELOAD:+LD_PRELOAD="$PRELOAD"} "$LINUX" mem="$MEM" \
     umid="ploopd$$" uml_dir="$RUN/uml/" root=/dev/root rootfstype=hostfs rootflags=/ ro quiet \
     init="$HERE/guest/init.sh" ubda="$RUN/scratch.img" con=null con0=null,fd:1 ssl=null \
-    GUEST_RUN="$RUN" GUEST_OUT="$OUT" GUEST_MODULES="$MODULES" </dev/null 2>"$RUN/err" |
+    GUEST_RUN="$RUN" GUEST_OUT="$OUT" GUEST_MODULES="$MODULES" \
+    GUEST_CHECKOUT="$HERE" </dev/null 2>"$RUN/err" |
     grep --line-buffered -avE '^(Core dump limits|\s+(soft|hard) -|Checking |Adding [0-9]+ bytes|SELinux: |mmapper_init|reboot: System halted)'
 status=${PIPESTATUS[0]}
 [ -s "$RUN/rc" ] && exit "$(cat "$RUN/rc")"

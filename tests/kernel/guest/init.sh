@@ -30,7 +30,10 @@ ln -sfn fd/1 /dev/stdout
 ln -sfn fd/2 /dev/stderr
 mount -t tmpfs run /run
 mkdir -p /run/lock
-mount -t tmpfs tmp /tmp
+case $GUEST_CHECKOUT in
+/tmp/*) ;; # it would be hidden; the overlay keeps what is written in memory all the same
+*) mount -t tmpfs tmp /tmp ;;
+esac
 mount -t ext4 -o noatime /dev/ubda /scratch
 ip link set lo up
 hostname guest
