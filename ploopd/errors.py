@@ -170,7 +170,6 @@ class StorageError(PloopError):
         """The storage error for an `OSError`; the caller raises it `from` that error."""
         return cls(error.errno or _errno.EIO, op, path=path, offset=offset)
 
-
     def again(self) -> StorageError:
         """The same error as a new object, for an error that is kept and raised more than once."""
         return StorageError(
