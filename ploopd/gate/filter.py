@@ -47,6 +47,7 @@ class Gate:
 
     __slots__ = (
         "_began_active",
+        "_busy",
         "_cause",
         "_clock",
         "_device",
@@ -84,6 +85,7 @@ class Gate:
         self._on_event = on_event
         self._errnos = _checked_errnos(standby_errnos)
         self._queue = RequestQueue(device, limits or ParkLimits(), self)
+        self._busy = self._queue.busy
         self._state = GateState.ACTIVE
         self._sequence = 0
         self._latch: StorageError | None = None
@@ -165,6 +167,9 @@ class Gate:
 
     def try_write(self, offset: int, buffer: memoryview) -> bool:
         try:
+            busy = self._busy
+            if busy.count and busy.overlaps(offset, len(buffer)):
+                return False
             return self._write_now(offset, buffer)
         except StorageError as error:
             if self.judge(error):
@@ -348,7 +353,7 @@ class Gate:
         request = Request(
             queue, sequence, op, offset, length, buffer, done, fua, unmap, self._clock()
         )
-        if self._direct:
+        if self._direct and not (self._busy.count and request.changes):
             queue.start(request)
         else:
             self._admit_slowly(request)
@@ -363,6 +368,9 @@ class Gate:
             self._queue.park(request)
         elif self._queue.releasing:
             self._queue.line_up(request)
+        elif request.changes and self._busy.overlaps(request.offset, request.length):
+            self._queue.serialise(request)
+            self._rewire()
         else:
             self._queue.start(request)
 
@@ -374,10 +382,11 @@ class Gate:
             return self._no_storage(request)
         return None
 
-    def released(self) -> None:
-        """The queue has started the last parked request: the inline path opens again."""
+    def released(self, *, announce: bool) -> None:
+        """The queue has started the last waiting request: the inline path opens again."""
         self._rewire()
-        self.report(EventKind.RELEASED, executing=self.executing_count)
+        if announce:
+            self.report(EventKind.RELEASED, executing=self.executing_count)
 
     def _open(self) -> None:
         self._queue.release()

@@ -16,6 +16,7 @@ from ploopd.errors import ParkTimeoutError, StorageError
 from ploopd.gate.events import EventKind
 from ploopd.gate.limits import ParkLimits
 from ploopd.gate.parking import Attempt, Op, ParkedRequests, Request, RequestState
+from ploopd.gate.ranges import BusyRanges
 from ploopd.gate.release import ReleaseOrder
 from ploopd.storage.device import BlockDevice
 
@@ -31,8 +32,8 @@ class Supervisor(Protocol):
         """Why a request must not be executed now, if there is a reason."""
         ...
 
-    def released(self) -> None:
-        """The last parked request has been started."""
+    def released(self, *, announce: bool) -> None:
+        """No request waits for its turn any more; `announce`: after an episode of standby."""
         ...
 
     def report(self, kind: EventKind, **details: str | int | float) -> None:
@@ -41,9 +42,13 @@ class Supervisor(Protocol):
 
 
 class RequestQueue:
-    """See the module's first lines.  `device` executes; `limits` bound what is parked."""
+    """See the module's first lines.
+
+    `device` executes; `limits` bound what is parked; `busy` are the changes in execution.
+    """
 
     __slots__ = (
+        "_announce",
         "_attention",
         "_executing",
         "_idle",
@@ -52,6 +57,7 @@ class RequestQueue:
         "_parked",
         "_release",
         "_supervisor",
+        "busy",
         "device",
         "limits",
     )
@@ -59,10 +65,12 @@ class RequestQueue:
     def __init__(self, device: BlockDevice, limits: ParkLimits, supervisor: Supervisor) -> None:
         self.device = device
         self.limits = limits
+        self.busy = BusyRanges()
         self._supervisor = supervisor
         self._executing: dict[int, Request] = {}
         self._parked = ParkedRequests()
         self._release: ReleaseOrder | None = None
+        self._announce = False
         self._idle: trio.Event | None = None
         self._attention: Callable[[], None] | None = None
         self._park_reported = False
@@ -98,6 +106,8 @@ class RequestQueue:
         request.state = RequestState.EXECUTING
         request.attempt = attempt = Attempt(request)
         self._executing[request.sequence] = request
+        if request.changes:
+            self.busy.add(request)
         device, offset, buffer = self.device, request.offset, request.buffer
         if request.op is Op.READ and buffer is not None:
             attempt.pending = device.read(offset, buffer, attempt.finished)
@@ -117,8 +127,7 @@ class RequestQueue:
         if attempt.void:
             return
         request = attempt.request
-        request.attempt = None
-        del self._executing[request.sequence]
+        self._leave(request)
         if error is None or not self._supervisor.judge(error):
             self.end(request, error)
         elif request.abandoned:
@@ -143,12 +152,17 @@ class RequestQueue:
             return False
         if attempt.pending is not None and attempt.pending.cancel():
             request.state = RequestState.ENDED
-            request.attempt = None
-            del self._executing[request.sequence]
+            self._leave(request)
             self._went_away(request)
             return True
         request.abandoned = True
         return False
+
+    def _leave(self, request: Request) -> None:
+        request.attempt = None
+        del self._executing[request.sequence]
+        if request.changes:
+            self.busy.remove(request)
 
     def _went_away(self, request: Request) -> None:
         """`request` is not in execution any more."""
@@ -183,8 +197,14 @@ class RequestQueue:
             self._supervisor.report(EventKind.PARKED, op=request.op.value, offset=request.offset)
         return True
 
+    def serialise(self, request: Request) -> None:
+        """Admit `request` behind changes in execution that it overlaps: begins a line."""
+        self._release = self._new_order()
+        self._announce = False
+        self.line_up(request)
+
     def line_up(self, request: Request) -> None:
-        """Admit `request` behind those that are being released."""
+        """Admit `request` behind those that wait for their turn."""
         order = self._release
         if self.park(request) and order is not None:
             order.add(request)
@@ -247,13 +267,12 @@ class RequestQueue:
 
     def _disown(self) -> None:
         hung = [self._executing[sequence] for sequence in sorted(self._executing)]
-        self._executing.clear()
         self._supervisor.report(EventKind.DISOWNED, count=len(hung))
         for request in hung:
             attempt = request.attempt
             assert attempt is not None
             attempt.void = True
-            request.attempt = None
+            self._leave(request)
             if request.abandoned:
                 self.end(request, _aborted(request))
             else:
@@ -266,10 +285,19 @@ class RequestQueue:
         parked = self._parked.in_order()
         if not parked:
             return
-        self._release = order = ReleaseOrder()
+        self._release = order = self._new_order()
+        self._announce = True
         for request in parked:
             order.add(request)
         self._pump(order)
+
+    def _new_order(self) -> ReleaseOrder:
+        order = ReleaseOrder()
+        for sequence in sorted(self._executing):
+            request = self._executing[sequence]
+            if request.changes:
+                order.add_running(request)
+        return order
 
     def _pump(self, order: ReleaseOrder) -> None:
         """Start what may run; the release is over when nothing is left to start.
@@ -295,7 +323,7 @@ class RequestQueue:
             return
         if not self._parked:
             self._release = None
-            self._supervisor.released()
+            self._supervisor.released(announce=self._announce)
         self.device.kick()
 
 

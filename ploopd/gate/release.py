@@ -59,6 +59,11 @@ class ReleaseOrder:
         for predecessor in before:
             self._successors.setdefault(predecessor, []).append(request)
 
+    def add_running(self, request: Request) -> None:
+        """`request` is in execution already: those added later wait for it."""
+        self._predecessors(request)
+        self._open.add(request)
+
     def ended(self, request: Request) -> None:
         """`request` will not run any more: its successors wait for one thing less."""
         ended = [request]

@@ -2,9 +2,9 @@
 
 The model knows when each command was issued, begun by a device and answered.  It demands: one
 answer per command (none after a successful cancel); no error but BUSY and aborts; nothing begun
-after the answer or a cancel; released commands that conflict run one after the other in their
-original order; and every block read, or left at the end, holds a value that some order of the
-commands explains.
+after the answer or a cancel; changes that overlap, and released commands that conflict, run one
+after the other in their original order; and every block read, or left at the end, holds a value
+that some order of the commands explains.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ CHANGES = ("write", "write_zeroes", "discard")
 class Command:
     """One command: blocks [first, first + count); `value` is what it writes, 0 for zeros.
 
-    `issued` and `ended` (answered or cancelled) are ticks of the model's clock.  `begun`: since it
-    was released last.
+    `issued` and `ended` (answered or cancelled) are ticks of the model's clock.  `begun`: some
+    device has begun it.
     """
 
     number: int
@@ -56,7 +56,6 @@ class Command:
     error: StorageError | None = None
     cancelled: bool = False
     begun: bool = False
-    ever_begun: bool = False
     running: bool = False
 
     def conflicts(self, other: Command) -> bool:
@@ -237,8 +236,6 @@ class Episode:
             for each in self.commands
             if not each.answers and not each.cancelled and not each.running
         }
-        for each in self.released:
-            each.begun = False
         self.gate.leave_standby()
 
     async def settle(self) -> None:
@@ -277,7 +274,7 @@ class Episode:
                     command.running = False
                     answer(None)
                 else:  # a write that failed inline may have happened
-                    command.ever_begun = len(self.device.log) > tried
+                    command.begun = len(self.device.log) > tried
                     self.pending[command] = gate.write(offset, buffer, answer)
             case "read":
                 if gate.try_read(offset, buffer):
@@ -326,14 +323,14 @@ class Episode:
     def begin(self, command: Command) -> None:
         """A device begins `command`."""
         assert command.ended == NEVER, f"seed {self.seed}: {command} was begun after its end"
-        for other in self.released:
+        for other in self.commands:
             if other.number >= command.number or other.ended != NEVER:
                 continue
-            if not command.conflicts(other):
-                continue
-            late = command not in self.released and other.begun
-            assert late, f"seed {self.seed}: {command} has overtaken {other}"
-        command.begun = command.ever_begun = command.running = True
+            changes = command.op in CHANGES and other.op in CHANGES
+            if changes or {command, other} <= self.released:
+                late = not command.conflicts(other)
+                assert late, f"seed {self.seed}: {command} has overtaken {other}"
+        command.begun = command.running = True
 
     def explain(self, block: int, value: int, begin: int, end: int) -> None:
         """Some order of the commands makes `block` read `value` between two ticks."""
@@ -343,7 +340,7 @@ class Episode:
         if value == 0 and not settled:
             return
         for writer in writers:
-            if writer.value != value or writer.issued > end or not writer.ever_begun:
+            if writer.value != value or writer.issued > end or not writer.begun:
                 continue
             if not any(later.issued > writer.ended for later in settled):
                 return

@@ -1,0 +1,70 @@
+"""Which ranges of the disk are being changed, to be asked for every write.
+
+A coarse table finds the few requests that may overlap; only those are compared exactly.
+"""
+
+from __future__ import annotations
+
+from ploopd.gate.parking import Request
+
+_SHIFT = 16
+_WIDE = 64
+"""Requests over more granules of 64 KiB than this are kept in a list of their own."""
+
+
+class BusyRanges:
+    """The changes in execution; `count` is their number."""
+
+    __slots__ = ("_granules", "_wide", "count")
+
+    def __init__(self) -> None:
+        self._granules: dict[int, list[Request]] = {}
+        self._wide: list[Request] = []
+        self.count = 0
+
+    def add(self, request: Request) -> None:
+        """A change has begun."""
+        self.count += 1
+        granules = _granules(request.offset, request.length)
+        if len(granules) > _WIDE:
+            self._wide.append(request)
+            return
+        for granule in granules:
+            self._granules.setdefault(granule, []).append(request)
+
+    def remove(self, request: Request) -> None:
+        """It has ended."""
+        self.count -= 1
+        granules = _granules(request.offset, request.length)
+        if len(granules) > _WIDE:
+            self._wide.remove(request)
+            return
+        for granule in granules:
+            requests = self._granules[granule]
+            if len(requests) == 1:
+                del self._granules[granule]
+            else:
+                requests.remove(request)
+
+    def overlaps(self, offset: int, length: int) -> bool:
+        """Whether a change in execution touches the range."""
+        if self._wide and _touches(self._wide, offset, length):
+            return True
+        table = self._granules
+        granules = _granules(offset, length)
+        if len(granules) > len(table):
+            return any(_touches(requests, offset, length) for requests in table.values())
+        for granule in granules:
+            requests = table.get(granule)
+            if requests is not None and _touches(requests, offset, length):
+                return True
+        return False
+
+
+def _granules(offset: int, length: int) -> range:
+    return range(offset >> _SHIFT, (offset + length - 1 >> _SHIFT) + 1)
+
+
+def _touches(requests: list[Request], offset: int, length: int) -> bool:
+    end = offset + length
+    return any(each.offset < end and offset < each.offset + each.length for each in requests)
