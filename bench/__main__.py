@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench import machine
 from bench.images import drop_cache, make_images
-from bench.jobs import JOBS, Job, RunError, Timing, build_generator, run_job
+from bench.jobs import JOBS, Job, RunError, Sample, Timing, build_generator, run_job
 from bench.report import write_chart, write_reports
 from bench.results import SUBJECT, Results
 from bench.servers import (
@@ -37,6 +37,7 @@ class Plan:
     servers: list[str]
     storages: dict[str, Path]
     reps: int
+    tries: int
     timing: Timing
 
 
@@ -75,6 +76,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         servers=servers,
         storages={name: directories[name] for name in options.storage.split(",")},
         reps=options.reps or (1 if quick else 5),
+        tries=1 if quick else 4,
         timing=Timing(
             warmup=0.3 if quick else 1.0,
             measured=options.seconds or (1.0 if quick else 4.0),
@@ -141,17 +143,25 @@ def measure_once(
     rep: int,
     results: Results,
 ) -> None:
-    try:
-        sample = run_job(generator, endpoint, server.pid, job, plan.timing)
-    except (RunError, OSError) as error:
-        results.missing.append(f"{storage}: {server.name}: {job.name}: {error}")
-        say(f"{storage}: {server.name}: {job.name}: {error}")
-        return
-    results.add(storage, job, server.name, sample)
+    """One run, repeated when other programs took the CPUs meanwhile: the quietest one counts."""
+    best: Sample | None = None
+    for _ in range(plan.tries):
+        try:
+            sample = run_job(generator, endpoint, server.pid, job, plan.timing)
+        except (RunError, OSError) as error:
+            results.missing.append(f"{storage}: {server.name}: {job.name}: {error}")
+            say(f"{storage}: {server.name}: {job.name}: {error}")
+            return
+        if best is None or sample.foreign_cpu < best.foreign_cpu:
+            best = sample
+        if best.clean:
+            break
+    assert best is not None
+    results.add(storage, job, server.name, best)
     say(
-        f"{storage} rep {rep} {job.name:18} {server.name:18} {sample.value(job):10,.0f} {job.unit}"
-        f"  {sample.server_cpu_us:8.1f} us/request  p99 {sample.latency_p99_us:7.0f} us"
-        f"  other {sample.foreign_cpu:.2f}"
+        f"{storage} rep {rep} {job.name:18} {server.name:18} {best.value(job):10,.0f} {job.unit}"
+        f"  {best.server_cpu_us:8.1f} us/request  p99 {best.latency_p99_us:7.0f} us"
+        f"  other {best.foreign_cpu:.2f}"
     )
 
 

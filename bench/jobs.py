@@ -14,6 +14,8 @@ from bench.servers import Endpoint
 TICKS = os.sysconf("SC_CLK_TCK")
 KIB = 1024
 MIB = 1024 * KIB
+QUIET = 0.25
+"""Cores that others may use during a run that counts as clean."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +125,11 @@ class Sample:
     def value(self, job: Job) -> float:
         """The number that the job is compared by, in `job.unit`."""
         return self.iops if job.unit == "IOPS" else self.bytes_per_second / 1e6
+
+    @property
+    def clean(self) -> bool:
+        """Did server and generator have the machine to themselves?"""
+        return self.foreign_cpu <= QUIET
 
     def as_json(self) -> dict[str, float]:
         return asdict(self)

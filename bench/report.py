@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from statistics import median
 
-from bench.jobs import JOBS, Job
+from bench.jobs import JOBS, QUIET, Job
 from bench.results import SUBJECT, Results, Verdict, job_named, verdicts
 
 STORAGE_TITLES = {
@@ -57,7 +57,10 @@ def render(
     lines = ["# Benchmark", ""]
     lines += [f"- {key}: {value}" for key, value in (machine | setup).items()]
     lines += ["", "Medians over the repetitions, smallest–largest in brackets. Servers ran", ""]
-    lines[-2] += " interleaved, job by job, on the same filled content."
+    lines[-2] += (
+        " interleaved, job by job, on the same filled content. A run is clean when other programs"
+    )
+    lines[-2] += f" and the hypervisor took at most {QUIET:g} cores; others are repeated."
     lines += _threshold_table(judged)
     for storage in results.samples:
         lines += ["", f"## {STORAGE_TITLES.get(storage, storage)}", ""]
@@ -86,8 +89,8 @@ def _job_table(storage: str, job: Job, results: Results) -> list[str]:
         f"**{job.title}**",
         "",
         f"| server | {job.unit} | ploopd is | server CPU µs/request | cores | p50 µs | p99 µs "
-        "| generator cores | other cores |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| generator cores | other cores | clean runs |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for server in results.servers(storage):
         samples = results.of(storage, job.name, server)
@@ -106,6 +109,7 @@ def _job_table(storage: str, job: Job, results: Results) -> list[str]:
             f"{median(s.latency_p99_us for s in samples):,.0f}",
             f"{median(s.client_cpu for s in samples):.2f}",
             f"{median(s.foreign_cpu for s in samples):.2f}",
+            f"{sum(s.clean for s in samples)} of {len(samples)}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]

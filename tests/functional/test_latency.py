@@ -2,61 +2,76 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from bench.jobs import Job, RunError, Sample, Timing, build_generator, run_job
+from bench.servers import Endpoint
 from tests.support import images, oracles
 from tests.support.images import MIB
 from tests.support.serve import ServeProcess
 from tests.support.slowfs import SlowFs, SlowFsMissingError
 
-pytestmark = [pytest.mark.functional, pytest.mark.fuse, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.functional, pytest.mark.fuse, pytest.mark.timeout(150)]
 
-SIZE_MIB = 64
-ATTEMPTS = 3
+ROOT = Path(__file__).resolve().parents[2]
+TIMING = Timing(warmup=0.3, measured=1.5, size_mib=64)
+WANTED = 15.0
+BUSY = 0.7
+"""Cores used by others (slowfs itself takes up to 0.4): more, and CPU is measured, not waiting."""
 
 
-def reads_per_second(generator: Path, server: ServeProcess, depth: int) -> float:
-    url = server.url
-    target = ["iscsi", url.host, str(url.port), url.iqn, str(url.lun)]
-    job = ["read", "random", "4096", str(depth), "1.5", "0.3", str(SIZE_MIB)]
-    result = subprocess.run(
-        [str(generator), *target, *job], capture_output=True, text=True, timeout=30, check=True
+def randread(depth: int) -> Job:
+    return Job(
+        name=f"qd{depth}", title="", operation="read", pattern="random", block=4096, depth=depth
     )
-    return float(json.loads(result.stdout)["iops"])
+
+
+def ratio_on(delay_us: int, cache: str, generator: Path, directory: Path) -> tuple[float, bool]:
+    """QD32 over QD1 at that latency, the best of three, and whether the machine was quiet."""
+    slow = SlowFs(directory / "source", directory / "mount", delay_us=delay_us, build=directory)
+    best, quiet = 0.0, False
+    with slow:
+        image = slow.mountpoint / "disk.hds"
+        with ServeProcess(image, directory=directory, options=("--cache", cache)) as server:
+            url = server.url
+            endpoint = Endpoint(
+                protocol="iscsi", host=url.host, port=url.port, name=url.iqn, lun=url.lun
+            )
+
+            def measure(depth: int) -> Sample:
+                return run_job(generator, endpoint, server.pid, randread(depth), TIMING)
+
+            for _ in range(3):
+                single, many = measure(1), measure(32)
+                assert single.latency_p50_us > delay_us, "the storage is not slow"
+                best = max(best, many.iops / single.iops)
+                quiet |= many.foreign_cpu < BUSY
+                if best >= WANTED:
+                    break
+    return best, quiet
 
 
 @pytest.mark.parametrize("cache", ["writeback", "none"])
 def test_depth_hides_latency(cache: str, tmp_path: Path) -> None:
-    """32 in flight give at least 15 times the rate of one (the best of a few attempts counts)."""
-    if oracles.have("cc", "pkg-config", "fusermount3"):
-        pytest.skip("not installed: apt-get install gcc pkg-config fuse3 libfuse3-dev")
-    from bench.jobs import build_generator
+    """32 in flight give at least 15 times the rate of one.
 
-    root = Path(__file__).resolve().parents[2]
-    generator = build_generator(root / "bench" / "loadgen.c", tmp_path)
-    source = tmp_path / "source"
-    source.mkdir()
-    raw = images.make_content(tmp_path / "content.raw", SIZE_MIB * MIB, seed=1, density=1.0)
-    shutil.move(images.qemu_image(tmp_path, "disk.hds", raw), source / "disk.hds")
+    At 1 ms that takes some 13,000 requests a second.  Where other programs hold the CPUs, storage
+    of 5 ms shows the same thing without needing them.
+    """
+    if oracles.have("pkg-config", "fusermount3"):
+        pytest.skip("not installed: apt-get install gcc pkg-config fuse3 libfuse3-dev")
+    (tmp_path / "source").mkdir()
+    size = TIMING.size_mib * MIB
+    raw = images.make_content(tmp_path / "content.raw", size, seed=1, density=1.0)
+    shutil.move(images.qemu_image(tmp_path, "disk.hds", raw), tmp_path / "source" / "disk.hds")
     try:
-        slow = SlowFs(source, tmp_path / "mount", delay_us=1000, build=tmp_path)
-        slow.__enter__()
-    except SlowFsMissingError as error:
+        generator = build_generator(ROOT / "bench" / "loadgen.c", tmp_path)
+        ratio, quiet = ratio_on(1000, cache, generator, tmp_path)
+        if ratio < WANTED and not quiet:
+            ratio, quiet = ratio_on(5000, cache, generator, tmp_path)
+    except (RunError, SlowFsMissingError) as error:
         pytest.skip(str(error))
-    try:
-        image = slow.mountpoint / "disk.hds"
-        with ServeProcess(image, directory=tmp_path, options=("--cache", cache)) as server:
-            ratios = []
-            for _ in range(ATTEMPTS):
-                single = reads_per_second(generator, server, 1)
-                ratios.append(reads_per_second(generator, server, 32) / single)
-                if ratios[-1] >= 15:
-                    break
-            assert max(ratios) >= 15, f"QD32 is {ratios} times as fast as QD1"
-    finally:
-        slow.__exit__()
+    assert ratio >= WANTED, f"QD32 is only {ratio:.1f} times as fast as QD1 (quiet: {quiet})"

@@ -29,7 +29,16 @@ def test_kernel_initiator_in_the_guest(
     junit = OUT / "junit.xml"
     junit.unlink(missing_ok=True)
     command = [str(HERE / "run.sh"), "-t", str(TIMEOUT), "-o", str(OUT), "--"]
-    command += [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "kernel"]
+    command += [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "--color=no",
+        "-m",
+        "kernel",
+    ]
     command += ["--junitxml=/out/junit.xml", str(HERE / "guest")]
     environment = os.environ | {"PLOOPD_IN_GUEST": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     with capfd.disabled():
