@@ -47,8 +47,9 @@ class ServeConfig:
     """Everything that `ploopd serve` needs.
 
     `images`: paths, LUN 0 first.  `control` None is the default path.  `cache` and `io` are the
-    policy of every file.  `park_max`: seconds, None is for ever.  `image_root`: where the deltas of
-    a descriptor may lie, None is the descriptor's own directory.
+    policy of every file.  `physical_block_size`: bytes, what initiators are told.  `park_max`:
+    seconds, None is for ever.  `image_root`: where the deltas of a descriptor may lie, None is the
+    descriptor's own directory.
     """
 
     images: tuple[str, ...]
@@ -56,6 +57,7 @@ class ServeConfig:
     read_only: bool = False
     control: Path | None = None
     write_cache: bool = True
+    physical_block_size: Literal[512, 4096] = 4096
     standby: bool = True
     cache: Literal["writeback", "none"] = "writeback"
     io: Literal["auto", "inline", "io_uring", "threads"] = "auto"

@@ -194,6 +194,7 @@ class _Daemon:
                 image_root=config.image_root,
             ),
             write_cache=config.write_cache,
+            physical_block_size=config.physical_block_size,
             standby=config.standby,
             limits=ParkLimits(park_max=config.park_max),
         )

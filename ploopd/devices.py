@@ -24,6 +24,7 @@ from ploopd.fileio.oslayer import REAL, OsLayer
 from ploopd.gate.events import EventBus
 from ploopd.gate.filter import STANDBY_ERRNOS, Gate
 from ploopd.gate.limits import ParkLimits
+from ploopd.scsi.cdb import BLOCK_SHIFT
 from ploopd.scsi.logical_unit import LogicalUnit
 from ploopd.storage.opener import OpenOptions, open_volume
 from ploopd.storage.volume import Volume
@@ -55,6 +56,7 @@ class DeviceOptions:
 
     open: OpenOptions = field(default_factory=OpenOptions)
     write_cache: bool = True
+    physical_block_size: int = 4096
     standby: bool = True
     limits: ParkLimits = field(default_factory=ParkLimits)
     standby_errnos: Collection[int] = STANDBY_ERRNOS
@@ -163,6 +165,7 @@ class Device:
             serial=volume.identity.hex,
             read_only=volume.read_only,
             write_cache=options.write_cache,
+            physical_exponent=(options.physical_block_size >> BLOCK_SHIFT).bit_length() - 1,
             thin=True,
             buffers=env.buffers,
             clock=env.clock,

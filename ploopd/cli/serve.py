@@ -46,6 +46,13 @@ if TYPE_CHECKING:
     help="off: every write is on stable storage before it is acknowledged.",
 )
 @click.option(
+    "--physical-block-size",
+    type=click.Choice(["512", "4096"]),
+    default="4096",
+    show_default=True,
+    help="What initiators are told, for alignment; logical blocks are always of 512 bytes.",
+)
+@click.option(
     "--standby",
     type=ON_OFF,
     default="on",
@@ -116,6 +123,7 @@ def serve(
     read_only: bool,
     control: Path | None,
     write_cache: str,
+    physical_block_size: str,
     standby: str,
     cache: str,
     io: str,
@@ -149,6 +157,7 @@ def serve(
         read_only=read_only,
         control=control,
         write_cache=write_cache == "on",
+        physical_block_size=512 if physical_block_size == "512" else 4096,
         standby=standby == "on",
         cache="none" if cache == "none" else "writeback",
         io=io,  # type: ignore[arg-type]  # click has checked it
