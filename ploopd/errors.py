@@ -1,8 +1,8 @@
 """Every error ploopd reports, by what the caller must do about it.
 
 The class says whose fault it is; `exit_code` says how a command line ends; the fields name the
-file, the field and the value, so that one line is enough for whoever reads it.  Errors are converted
-once, at the edge of a layer, with `raise … from`.
+file, the field and the value, so that one line is enough for whoever reads it.  Errors are
+converted once, at the edge of a layer, with `raise … from`.
 """
 
 from __future__ import annotations
