@@ -1,8 +1,8 @@
 """The documents name real files and real functions.
 
-In docs/architecture.md and docs/request-path.md every code span that looks like a path must exist
-(`ploopd/gate/`, `ploopd/gate/filter.py`), and every `path.py:Name` or `path.py:Class.method` must
-be defined in that file.
+In docs/architecture.md and docs/request-path.md every code span that looks like a path must
+exist (`ploopd/gate/`, `ploopd/gate/filter.py`), and every `path.py:Name` or
+`path.py:Class.method` must be defined in that file.
 """
 
 from __future__ import annotations
