@@ -27,7 +27,7 @@ help:
 setup: $(VENV)/.stamp-test
 
 run: $(VENV)/.stamp-run
-	@exec $(BIN)/python -m ploopd.demo $(if $(PORTAL),--portal '$(PORTAL)') $(if $(IMAGE),'$(IMAGE)')
+	@exec $(BIN)/python -m ploopd.demo $(if $(PORTAL),--portal '$(PORTAL)') $(if $(IMAGE),"$$IMAGE")
 
 test: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -51,19 +51,19 @@ clean:
 
 # The stamps are set up again when pyproject.toml or this file's recipes change.
 $(VENV)/.stamp-run: pyproject.toml Makefile tools/packages
-	tools/packages run
+	PYTHON='$(PYTHON)' tools/packages run
 	$(call make_venv)
 	$(PIP) install --editable .
 	@touch $@
 
 $(VENV)/.stamp-test: pyproject.toml Makefile tools/packages
-	tools/packages run test
+	PYTHON='$(PYTHON)' tools/packages run test
 	$(call make_venv)
 	$(PIP) install --editable '.[test,dev,bench]'
 	@touch $@ $(VENV)/.stamp-run
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-test
-	tools/packages bench
+	PYTHON='$(PYTHON)' tools/packages bench
 	@touch $@
 
 define make_venv
