@@ -47,12 +47,14 @@ class ImageFile:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskFiles:
     """The files of a disk, base first; `size` and `cluster_size` in bytes as the descriptor has
-    them, None without one.  `path` is what carries the disk's identity."""
+    them, None without one.  `path` is what carries the disk's identity; `key` names the key of an
+    encrypted disk, whose LUKS ciphertext is served as it is."""
 
     path: str
     images: tuple[ImageFile, ...]
     size: int | None
     cluster_size: int | None
+    key: str | None = None
 
     @property
     def descriptor(self) -> str | None:
@@ -92,7 +94,6 @@ def _from_descriptor(path: str, image_root: Path | None) -> DiskFiles:
     except FormatError as error:
         raise convert(error) from error
     _require_finished(descriptor, {entry.guid for entry in entries}, path)
-    _require_plain_text(descriptor, path)
     storage = descriptor.storages[0]
     directory = Path(path).absolute().parent
     images = []
@@ -105,20 +106,14 @@ def _from_descriptor(path: str, image_root: Path | None) -> DiskFiles:
         images=tuple(images),
         size=descriptor.disk_size_sectors * SECTOR,
         cluster_size=storage.block_size_sectors * SECTOR,
+        key=_key_of(descriptor),
     )
 
 
-def _require_plain_text(descriptor: Descriptor, path: str) -> None:
-    """Raises UnsupportedError for an encrypted disk; a key of zeros is how none is written."""
+def _key_of(descriptor: Descriptor) -> str | None:
+    """The name of the disk's key; a key of zeros is how none is written."""
     key = descriptor.key_id
-    if key is not None and key.strip("{}-0 \t\r\n"):
-        raise UnsupportedError(
-            "the disk is encrypted",
-            path=path,
-            field="KeyId",
-            value=key,
-            hint="decrypt it with its own tools first",
-        )
+    return key if key is not None and key.strip("{}-0 \t\r\n") else None
 
 
 def _rooted(name: str, directory: Path, image_root: Path | None) -> tuple[Path, str]:

@@ -107,6 +107,8 @@ def open_volume(
     late = _late_references(stack, inherit)
     core = _core(stack, cluster_map, sources, report, late, options, engine)
     notes = [note for each in stack.layers for note in each.file.notes] + stack.notes
+    if files.key is not None:
+        notes.append(f"encrypted with key {files.key}: initiators see the LUKS volume")
     return Volume(core, stack, engine, path=name, identity=identity, notes=notes)
 
 

@@ -429,15 +429,6 @@ BAD_DESCRIPTORS = [
     ),
     BadDescriptor(name="symlink-out", edit=_outside),
     BadDescriptor(
-        name="encrypted",
-        edit=lambda t, d: t.replace(
-            "</Disk_Parameters>",
-            "<Encryption><KeyId>{4a6bba27-6b63-4ccb-87a9-60a1ff2bd0c4}</KeyId></Encryption>"
-            "</Disk_Parameters>",
-        ),
-        code=ExitCode.UNSUPPORTED,
-    ),
-    BadDescriptor(
         name="unknown-parent",
         edit=lambda t, d: re.sub(
             r"<ParentGUID>[^<]+", "<ParentGUID>{11111111-2222-3333-4444-555555555555}", t

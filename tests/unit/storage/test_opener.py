@@ -288,6 +288,20 @@ def test_directory_with_a_chain(tmp_path: Path) -> None:
     abandon(volume)
 
 
+def test_an_encrypted_disk_is_served_as_it_is_on_the_disk(tmp_path: Path) -> None:
+    case = images.chain_of_three(tmp_path)
+    descriptor = case.serve if case.serve.is_file() else case.serve / "DiskDescriptor.xml"
+    key = "{4a6bba27-6b63-4ccb-87a9-60a1ff2bd0c4}"
+    text = descriptor.read_text().replace(
+        "</Disk_Parameters>",
+        f"<Encryption><KeyId>{key}</KeyId></Encryption></Disk_Parameters>",
+    )
+    descriptor.write_text(text)
+    volume = open_it(descriptor, read_only=True)
+    assert [note for note in volume.notes if key in note]
+    abandon(volume)
+
+
 def test_bad_files_in_descriptors(tmp_path: Path) -> None:
     inside, outside = tmp_path / "in", tmp_path / "out"
     inside.mkdir()
