@@ -225,17 +225,16 @@ class Device:
 
     async def _expire(self) -> None:
         """Answer BUSY to requests that have been parked for too long."""
-        self.gate.notify_parked(self._deadline_appeared)
+        self.gate.notify_parked(self._deadline_changed)
         while True:
+            self._deadlines = trio.Event()
             deadline = self.gate.next_deadline()
-            if deadline is None:
-                self._deadlines = trio.Event()
+            left = math.inf if deadline is None else max(0.0, deadline - self.env.clock())
+            with trio.move_on_after(left):
                 await self._deadlines.wait()
-            else:
-                await trio.sleep(max(0.0, deadline - self.env.clock()))
-                self.gate.expire(self.env.clock())
+            self.gate.expire(self.env.clock())
 
-    def _deadline_appeared(self) -> None:
+    def _deadline_changed(self) -> None:
         self._deadlines.set()
 
     # -- volumes, for recovery -------------------------------------------------------------

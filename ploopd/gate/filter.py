@@ -320,7 +320,7 @@ class Gate:
         return self._queue.expire(now)
 
     def notify_parked(self, callback: Callable[[], None] | None) -> None:
-        """Call `callback()` whenever the first request is parked: a deadline has appeared."""
+        """Call `callback()` whenever `next_deadline` may be earlier than it was."""
         self._queue.notify_parked(callback)
 
     def report(self, kind: EventKind, **details: str | int | float) -> None:

@@ -156,15 +156,18 @@ class ParkedRequests:
     def __len__(self) -> int:
         return len(self._by_sequence)
 
-    def add(self, request: Request) -> None:
-        """Park it."""
-        if request.sequence < self._last and self._by_sequence:
+    def add(self, request: Request) -> bool:
+        """Park it; False if an older one is parked already for certain."""
+        alone = not self._by_sequence
+        ahead = request.sequence < self._last and not alone
+        if ahead:
             self._unsorted = True
         else:
             self._last = request.sequence
         request.state = RequestState.PARKED
         self._by_sequence[request.sequence] = request
         self.size += request.held_bytes
+        return alone or ahead
 
     def remove(self, request: Request) -> None:
         """Take it out; its caller gives it its next state."""

@@ -96,7 +96,7 @@ class RequestQueue:
         return self._release is not None
 
     def notify_parked(self, callback: Callable[[], None] | None) -> None:
-        """Call `callback()` whenever the first request is parked: a deadline has appeared."""
+        """Call `callback()` whenever `next_deadline` may be earlier than it was."""
         self._attention = callback
 
     # -- execution -------------------------------------------------------------------------
@@ -189,8 +189,7 @@ class RequestQueue:
                 self._supervisor.report(EventKind.PARK_LIMIT, parked=len(parked), bytes=parked.size)
             self.end(request, ParkTimeoutError(request.op.value))
             return False
-        parked.add(request)
-        if len(parked) == 1 and self._attention is not None:
+        if parked.add(request) and self._attention is not None:
             self._attention()
         if not self._park_reported and self._release is None:
             self._park_reported = True

@@ -181,3 +181,26 @@ async def test_descriptors_of_closed_devices_are_given_back(tmp_path: Path) -> N
     async with serving() as served:
         await served.add(path)
     assert str(path) not in open_files()
+
+
+@pytest.mark.trio
+async def test_a_request_that_fails_late_is_answered_in_its_own_time(tmp_path: Path) -> None:
+    layer = FaultyOs()
+    async with serving(layer) as served:
+        limits = ParkLimits(park_max=1.0)
+        device = await served.add(image(tmp_path), DeviceOptions(limits=limits))
+        await write(device, 0, b"x" * 4096)
+        layer.add(Fault(op="write", delay=0.8, error=errno.EIO))
+        answered: dict[str, float] = {}
+
+        async def busy(name: str, offset: int) -> None:
+            with pytest.raises(ParkTimeoutError):
+                await call(device, "write", offset, memoryview(b"y" * 4096))
+            answered[name] = time.monotonic()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(busy, "executed first", 0)
+            await trio.sleep(0.6)
+            device.gate.enter_standby("test")
+            nursery.start_soon(busy, "only parked", 8192)
+        assert answered["only parked"] - answered["executed first"] > 0.2
