@@ -291,8 +291,12 @@ async def test_what_would_hang_is_not_done_inline(
     running_engine: EngineFactory, directory: Path
 ) -> None:
     layer = FaultyOs(Fault(op="read", nth=2, hang=True))
+    io = "auto" if directory.is_relative_to("/dev/shm") else "nowait"
     async with running_engine() as engine:
-        file = File.open(make(directory), read_only=True, engine=engine, layer=layer)
+        file = File.open(make(directory), read_only=True, engine=engine, layer=layer, io=io)
+        if io == "nowait" and file.policy is not Policy.NOWAIT:
+            file.close()
+            pytest.skip(f"the file system of {directory} does no RWF_NOWAIT reads")
         view = memoryview(bytearray(512))
         assert file.try_read(view, 0)
         assert not file.try_read(view, 0)
