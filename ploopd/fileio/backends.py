@@ -22,7 +22,12 @@ _ZEROES = 1 << 20
 
 
 class Backend(Protocol):
-    """An engine, bound to a file."""
+    """An engine, bound to a file.
+
+    `cached_end`: what begins before this byte of the file always goes through the page cache.
+    """
+
+    cached_end: int
 
     def read(self, buffer: Buffer, start: int, offset: int, callback: Callback) -> None: ...
 
@@ -48,8 +53,9 @@ class Backend(Protocol):
 class EngineBackend:
     """The engine itself.  With `direct_fd`, what is aligned for O_DIRECT goes there.
 
-    The rest – BAT entries, headers – goes through the page cache by `fd`.  The two never share a
-    page as long as clusters are whole pages; the kernel keeps them coherent one after the other.
+    The rest goes through the page cache by `fd`, and so does everything before `cached_end`: the
+    header and the BAT, whose entries are smaller than that, but may be aligned in a row.  The two
+    never share a page as long as clusters are whole pages.
     """
 
     def __init__(
@@ -66,18 +72,19 @@ class EngineBackend:
         self._layer = layer
         self._direct_fd = fd if direct_fd is None else direct_fd
         self._mask = 0 if direct_fd is None else DIRECT_ALIGNMENT - 1
+        self.cached_end = 0
         self.kick = engine.kick
         engine.may_stall(self._fd, may_stall)
         engine.may_stall(self._direct_fd, may_stall)
 
     def read(self, buffer: Buffer, start: int, offset: int, callback: Callback) -> None:
         aligned = not (offset | start | buffer.length) & self._mask
-        fd = self._direct_fd if aligned else self._fd
+        fd = self._direct_fd if aligned and offset >= self.cached_end else self._fd
         self._engine.read(fd, buffer, start, offset, callback)
 
     def write(self, buffer: Buffer, start: int, offset: int, callback: Callback) -> None:
         aligned = not (offset | start | buffer.length) & self._mask
-        fd = self._direct_fd if aligned else self._fd
+        fd = self._direct_fd if aligned and offset >= self.cached_end else self._fd
         self._engine.write(fd, buffer, start, offset, callback)
 
     def fdatasync(self, callback: Callback) -> None:
@@ -111,6 +118,7 @@ class LayerBackend:
         self._layer = layer
         self._direct_fd = fd if direct_fd is None else direct_fd
         self._mask = 0 if direct_fd is None else DIRECT_ALIGNMENT - 1
+        self.cached_end = 0
         self.kick = engine.kick
 
     def _call(self, function: Callable[..., Any], callback: Callback, *arguments: Any) -> None:
@@ -118,13 +126,13 @@ class LayerBackend:
 
     def read(self, buffer: Buffer, start: int, offset: int, callback: Callback) -> None:
         aligned = not (offset | start | buffer.length) & self._mask
-        fd = self._direct_fd if aligned else self._fd
+        fd = self._direct_fd if aligned and offset >= self.cached_end else self._fd
         view = buffer.view[start:]
         self._call(self._layer.preadv, callback, fd, (view,), offset + start)
 
     def write(self, buffer: Buffer, start: int, offset: int, callback: Callback) -> None:
         aligned = not (offset | start | buffer.length) & self._mask
-        fd = self._direct_fd if aligned else self._fd
+        fd = self._direct_fd if aligned and offset >= self.cached_end else self._fd
         view = buffer.view[start:]
         self._call(self._layer.pwritev, callback, fd, (view,), offset + start)
 
@@ -150,6 +158,7 @@ class BlockingBackend:
     def __init__(self, fd: int, layer: OsLayer) -> None:
         self._fd = fd
         self._layer = layer
+        self.cached_end = 0
 
     def _call(self, function: Callable[..., Any], callback: Callback, *arguments: Any) -> None:
         try:

@@ -48,7 +48,7 @@ class File:
     `allocate` or `punch` ends in one call of `done`, in that thread, perhaps before the method
     returns; they begin with the next `kick` of the engine.  Only `abandon` changes that: then
     `done` is never called.  With CacheMode.NONE, clusters must be whole pages: what is not aligned
-    to 512 goes through the page cache and must share no page with what is.
+    to 512 goes through the page cache and must share no page with what is (`keep_cached`).
     """
 
     def __init__(self, opened: Opened, engine: IoEngine | None) -> None:
@@ -102,6 +102,10 @@ class File:
             engine_kind=None if engine is None else engine.kind,
         )
         return cls(opened, engine)
+
+    def keep_cached(self, end: int) -> None:
+        """Do what begins before byte `end` through the page cache, whatever the cache mode is."""
+        self._backend.cached_end = end
 
     # Blocking.
 

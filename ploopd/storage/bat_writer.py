@@ -6,7 +6,7 @@ write.
 
 A write that failed may have happened all the same.  Its entry is *doubtful*: the cluster it would
 have named is not used for anything else until the entry has been written again and synced;
-`settle`, before a flush, writes what the map says.
+`settle`, before a flush or a write with FUA ends, writes what the map says.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The end of a volume, and what comes before a flush: settling, probing, closing."""
+"""The end of a volume, and the question whether it can be written to: closing and probing."""
 
 from __future__ import annotations
 
@@ -6,20 +6,7 @@ import trio
 
 from ploopd.errors import ReadOnlyError, StorageError
 from ploopd.storage.core import Core
-from ploopd.storage.request import Request
 from ploopd.storage.stack import Stack
-
-
-async def settle(core: Core, request: Request) -> None:
-    """Write doubtful BAT entries again, as a part of `request`."""
-    assert core.bat is not None
-    error = None
-    try:
-        await core.bat.settle(core.locks)
-    except StorageError as failure:
-        error = failure
-    request.ended(error)
-    core.kick()
 
 
 async def probe(core: Core, stack: Stack) -> None:

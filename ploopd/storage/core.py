@@ -8,6 +8,7 @@ from typing import Protocol, TypeVarTuple
 
 import trio
 
+from ploopd.errors import StorageError
 from ploopd.fileio.buffers import BufferPool
 from ploopd.fileio.file import File
 from ploopd.storage.allocator import Allocator
@@ -60,6 +61,23 @@ class Core:
     def used_end(self) -> int | None:
         """The cluster after which the top file holds nothing; None if it is not to be cut."""
         return None if self.bat is None else self.allocator.used_end()
+
+    def make_durable(self, done: Done) -> None:
+        """Call `done` when all that has ended before now is on stable storage, which includes what
+        the entries in doubt are to be."""
+        if self.bat is not None and self.bat.doubtful:
+            self.spawn(self._settle, self.bat, done)
+        else:
+            self.sync.request(done)
+
+    async def _settle(self, bat: BatWriter, done: Done) -> None:
+        try:
+            await bat.settle(self.locks)
+        except StorageError as error:
+            done(error)
+        else:
+            self.sync.request(done)
+        self.kick()
 
     def spawn(self, task: Callable[[*Args], Awaitable[object]], *args: *Args) -> None:
         """Run a slow operation in the volume's nursery."""

@@ -177,6 +177,7 @@ class _Opener:
             delta = None
             if kind is ImageFormat.PLOOP:
                 delta = Delta.read(file, writable=writable)
+                file.keep_cached(delta.header.data_offset)
                 size = delta.header.size
             return Layer(file=file, delta=delta, guid=image.guid, size=size, inode=inode)
         except PloopError:

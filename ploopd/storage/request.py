@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 from ploopd.errors import StorageError
 from ploopd.storage.device import Done
-from ploopd.storage.sync_group import SyncGroup
+
+MakeDurable = Callable[[Done], None]
+"""Calls its argument when what has ended before is on stable storage."""
 
 
 class RequestCount:
@@ -38,15 +41,17 @@ class Request:
     """A request split into parts; implements `Pending`.
 
     It is created with one part, the issuing itself, so that `done` is not called before all the
-    others have been counted.  `sync`: what to sync with before `done` (FUA), or None.
+    others have been counted.  `make_durable`: what comes before `done` (FUA, flush), or None.
     """
 
-    __slots__ = ("_begun", "_cancelled", "_count", "_done", "_error", "_parts", "_sync")
+    __slots__ = ("_begun", "_cancelled", "_count", "_done", "_error", "_make_durable", "_parts")
 
-    def __init__(self, count: RequestCount, done: Done, sync: SyncGroup | None = None) -> None:
+    def __init__(
+        self, count: RequestCount, done: Done, make_durable: MakeDurable | None = None
+    ) -> None:
         self._count = count
         self._done = done
-        self._sync = sync
+        self._make_durable = make_durable
         self._parts = 1
         self._error: StorageError | None = None
         self._begun = False
@@ -71,8 +76,8 @@ class Request:
         self._parts -= 1
         if self._parts:
             return
-        if self._error is None and self._sync is not None:
-            self._sync.request(self._finish)
+        if self._error is None and self._make_durable is not None:
+            self._make_durable(self._finish)
         else:
             self._finish(self._error)
 

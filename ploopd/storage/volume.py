@@ -183,7 +183,7 @@ class Volume:
         refused = self._not_writable()
         if refused:
             return self._refuse(done, refused, "write")
-        request = Request(self._core.requests, done, self._core.sync if fua else None)
+        request = Request(self._core.requests, done, self._core.make_durable if fua else None)
         write_path.write(self._core, request, offset, buffer)
         request.ended(None)
         return request
@@ -195,7 +195,7 @@ class Volume:
         refused = self._not_writable()
         if refused:
             return self._refuse(done, refused, "write")
-        request = Request(self._core.requests, done, self._core.sync if fua else None)
+        request = Request(self._core.requests, done, self._core.make_durable if fua else None)
         if length:
             zero_path.zero(self._core, request, offset, length, unmap=unmap)
         request.ended(None)
@@ -212,11 +212,8 @@ class Volume:
         if self.read_only:
             done(None)
             return FINISHED
-        request = Request(self._core.requests, done, self._core.sync)
+        request = Request(self._core.requests, done, self._core.make_durable)
         request.begin()
-        if self._core.bat is not None and self._core.bat.doubtful:
-            request.add_part()
-            self._core.spawn(closing.settle, self._core, request)
         request.ended(None)
         return request
 
