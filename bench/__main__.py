@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -165,12 +166,18 @@ def measure_once(
     )
 
 
+def _interrupt(number: int, frame: object) -> None:
+    """SIGTERM ends like Ctrl-C: the servers are stopped and what there is gets reported."""
+    raise KeyboardInterrupt
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     plan = make_plan(options)
     options.out.mkdir(parents=True, exist_ok=True)
     results = Results()
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, _interrupt)
     with tempfile.TemporaryDirectory(prefix="ploopd-bench.") as scratch:
         try:
             generator = build_generator(HERE / "loadgen.c", Path(scratch))
@@ -183,6 +190,9 @@ def main(arguments: list[str] | None = None) -> int:
             except StartError as error:
                 results.missing.append(f"{storage}: {error}")
                 say(f"{storage}: {error}")
+            except KeyboardInterrupt:
+                results.missing.append(f"{storage}: interrupted")
+                break
     timing = plan.timing
     setup = {
         "disk": f"{timing.size_mib} MiB, random content",
