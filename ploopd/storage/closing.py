@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+from typing import Final
+
 import trio
 
 from ploopd.errors import ReadOnlyError, StorageError
 from ploopd.storage.core import Core
 from ploopd.storage.stack import Stack
+
+_LOOK_AGAIN: Final = 0.01
 
 
 async def probe(core: Core, stack: Stack) -> None:
@@ -23,6 +28,7 @@ async def close(core: Core, stack: Stack) -> None:
     """See `Volume.close`.  Cancelled, it abandons the files: nothing waits for a dead storage."""
     try:
         await _idle(core)
+        await _quiet(stack)
         problem = await _finish(core, stack)
         await trio.to_thread.run_sync(stack.close, abandon_on_cancel=True)
     except trio.Cancelled:
@@ -38,6 +44,8 @@ async def _finish(core: Core, stack: Stack) -> StorageError | None:
         return None
     if core.sync.failed is not None:
         return core.sync.failed.again()
+    if stack.abandoned:
+        return StorageError(errno.ECANCELED, "close", path=stack.top.file.path)
     try:
         if core.bat is not None and core.bat.doubtful:
             await core.bat.settle(core.locks)
@@ -62,3 +70,13 @@ async def _idle(core: Core) -> None:
         await idle.wait()
         if abandoned:
             raise abandoned[0]
+
+
+async def _quiet(stack: Stack) -> None:
+    """Wait for operations that somebody has given up, a probe for one.
+
+    They may still change the files.  And files are closed by a thread, which must not find
+    anything to disown: the engine is for the loop's thread alone.
+    """
+    while stack.in_flight and not stack.abandoned:  # noqa: ASYNC110 - seldom, and not for long
+        await trio.sleep(_LOOK_AGAIN)

@@ -68,6 +68,7 @@ class Stack:
     """
 
     __slots__ = (
+        "abandoned",
         "cluster_size",
         "completed_cluster",
         "layers",
@@ -83,6 +84,7 @@ class Stack:
         self.layers = layers
         self.read_only = read_only
         self.notes: list[str] = []
+        self.abandoned = False
         self.completed_cluster: int | None = None
         top = layers[0]
         self.size = top.size
@@ -243,8 +245,14 @@ class Stack:
 
     def abandon(self) -> None:
         """Let go of the files without waiting for them."""
+        self.abandoned = True
         for layer in self.layers:
             layer.file.abandon()
+
+    @property
+    def in_flight(self) -> int:
+        """Operations of the files that have not come back from the kernel."""
+        return sum(layer.file.in_flight for layer in self.layers)
 
     def inode_numbers(self) -> set[tuple[int, int]]:
         """Device and inode of each file."""

@@ -296,7 +296,7 @@ class Volume:
     @property
     def in_flight(self) -> int:
         """Operations of its files that have not come back from the kernel, also once abandoned."""
-        return sum(layer.file.in_flight for layer in self._stack.layers)
+        return self._stack.in_flight
 
     def late_references(self) -> set[int]:
         """Host clusters of the top that a late BAT write of this volume may come to name."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import trio
 
 from ploopd.errors import StorageError
 from ploopd.fileio.faults import Fault, FaultyOs
@@ -73,3 +74,47 @@ async def test_zeros_are_durable_where_an_entry_was_in_doubt(tmp_path: Path) -> 
         after = layer.log(path).state(keep=lambda _: False)
     (entry,) = struct.unpack_from("<I", after, 64)
     assert entry == 0 or after[entry * CLUSTER :][:4096] == bytes(4096)
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("kind", ["auto", "threads"])
+async def test_closing_waits_for_what_was_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A probe that took too long leaves a write behind.  Nobody knows what it will still do to the
+    file, and a thread that closes it must not disown it: the engine is for the loop's thread."""
+    path = images.write_delta(tmp_path / "disk.hds", 8 * CLUSTER, {}, cluster_size=CLUSTER)
+    layer = FaultyOs()
+    disowned: list[int] = []
+    async with running_engine(kind) as engine:
+        monkeypatch.setattr(engine, "disown", disowned.append)
+        async with open_disk(path, engine, layer=layer) as disk:
+            layer.add(Fault(op="write", hang=True))
+            with trio.move_on_after(0.1) as scope:
+                await disk.volume.probe_write()
+            assert scope.cancelled_caught
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(disk.volume.close)
+                await trio.sleep(0.1)
+                assert path.read_bytes()[44:48] == b"Ynot"
+                assert disk.volume.in_flight == 1
+                layer.release()
+    assert path.read_bytes()[44:48] == bytes(4)
+    assert disowned == []
+
+
+@pytest.mark.trio
+async def test_closing_waits_no_longer_than_until_it_is_given_up(tmp_path: Path) -> None:
+    path = images.write_delta(tmp_path / "disk.hds", 8 * CLUSTER, {}, cluster_size=CLUSTER)
+    layer = FaultyOs()
+    async with (
+        running_engine() as engine,
+        open_disk(path, engine, layer=layer, close=False) as disk,
+    ):
+        layer.add(Fault(op="write", hang=True))
+        for action in (disk.volume.probe_write, disk.volume.close):
+            with trio.move_on_after(0.1) as scope:
+                await action()
+            assert scope.cancelled_caught
+        layer.release()
+    assert path.read_bytes()[44:48] == b"Ynot"
