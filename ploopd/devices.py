@@ -215,10 +215,13 @@ class Device:
     async def close(self) -> None:
         """Close the volume; raises StorageError when it could not be closed cleanly.
 
-        A storage that hangs is abandoned after CLOSE_DEADLINE.
+        A storage that hangs is abandoned after CLOSE_DEADLINE.  After a storage error that nobody
+        has recovered from the in-use word stays set.
         """
         if not self.volume_open:
             return
+        if self.gate.faulted or self.gate.latched is not None:
+            self.volume.doubt()
         error = await self.close_volume(self.opened, CLOSE_DEADLINE)
         if error is not None:
             raise error

@@ -11,6 +11,10 @@ import errno as _errno
 import os
 from enum import IntEnum
 
+NO_ROOM = frozenset({_errno.ENOSPC, _errno.EDQUOT, _errno.EFBIG})
+"""What a storage answers that works and has no room: on its disk, in a quota, or because a file of
+version 1, or of its file system, cannot be larger."""
+
 
 class ExitCode(IntEnum):
     """Exit codes of `ploopd` and `ploopctl` (`ploopctl image check` uses qemu-img's instead)."""
@@ -160,7 +164,7 @@ class StorageError(PloopError):
         self.errno = errno
         self.op = op
         self.offset = offset
-        if errno in (_errno.ENOSPC, _errno.EDQUOT):
+        if errno in NO_ROOM:
             self.exit_code = ExitCode.NO_SPACE
 
     @classmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 from enum import Enum
 
-from ploopd.errors import StorageError
+from ploopd.errors import NO_ROOM, StorageError
 from ploopd.scsi.sense import Asc, Sense, SenseKey
 
 
@@ -20,8 +20,7 @@ class Access(Enum):
 
 
 PROTECTED = {
-    errno.ENOSPC: Asc.SPACE_ALLOCATION_FAILED_WRITE_PROTECT,
-    errno.EDQUOT: Asc.SPACE_ALLOCATION_FAILED_WRITE_PROTECT,
+    **dict.fromkeys(NO_ROOM, Asc.SPACE_ALLOCATION_FAILED_WRITE_PROTECT),
     errno.EROFS: Asc.WRITE_PROTECTED,
 }
 """Errors that mean: nothing is broken, but nothing can be written."""

@@ -11,12 +11,10 @@ import errno
 
 import trio
 
-from ploopd.errors import StorageError
+from ploopd.errors import NO_ROOM, StorageError
 from ploopd.fileio.file import File
 from ploopd.storage.allocator import Allocator
 from ploopd.storage.sync_group import SyncGroup
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Space:
@@ -63,7 +61,7 @@ class Space:
     async def take(self) -> int:
         """A cluster that reads as zeros on stable storage and that nothing names.
 
-        Raises StorageError; with ENOSPC or EDQUOT nothing has been changed.
+        Raises StorageError; with one of NO_ROOM nothing has been changed.
         """
         while True:
             host = self._allocator.take()
@@ -116,7 +114,7 @@ class Space:
         try:
             await self._allocate(start, count)
         except StorageError as error:
-            if error.errno not in _FULL or count == 1:
+            if error.errno not in NO_ROOM or count == 1:
                 raise
             # Almost full: go on cluster by cluster, and in growing steps when there is room again.
             count = self._step = 1

@@ -64,13 +64,14 @@ class Stack:
 
     Whoever has one closes it.  `completed_cluster`: the last cluster of the top's file if that was
     cut short; nothing is in it.  `cluster_size` is that of the deltas, or the one given for raw
-    files.
+    files.  `in_doubt`: leave the in-use word set at the end.
     """
 
     __slots__ = (
         "abandoned",
         "cluster_size",
         "completed_cluster",
+        "in_doubt",
         "layers",
         "notes",
         "read_only",
@@ -85,6 +86,7 @@ class Stack:
         self.read_only = read_only
         self.notes: list[str] = []
         self.abandoned = False
+        self.in_doubt = False
         self.completed_cluster: int | None = None
         top = layers[0]
         self.size = top.size
@@ -218,7 +220,8 @@ class Stack:
         return SECTOR if self.top.delta is None else HEADER_SIZE
 
     def finish(self, used_end: int | None) -> None:
-        """Sync, cut the file after cluster `used_end` (None: leave it), mark the image as closed.
+        """Sync, cut the file after cluster `used_end` (None: leave it), mark the image as closed
+        unless it is `in_doubt`.
 
         Blocking; raises StorageError, and the in-use word is set then.
         """
@@ -229,7 +232,7 @@ class Stack:
             if file.size() > end:
                 file.truncate(end)
                 file.fsync()
-        if self.top.delta is not None:
+        if self.top.delta is not None and not self.in_doubt:
             self.top.delta.mark_closed()
 
     def close(self) -> None:

@@ -276,6 +276,10 @@ class Volume:
         finally:
             self._stop.set()
 
+    def doubt(self) -> None:
+        """Leave the in-use word set when it is closed, so that whoever opens it next checks it."""
+        self._stack.in_doubt = True
+
     def abandon(self) -> None:
         """Let go of a dead storage at once.
 

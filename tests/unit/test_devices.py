@@ -204,3 +204,29 @@ async def test_a_request_that_fails_late_is_answered_in_its_own_time(tmp_path: P
             device.gate.enter_standby("test")
             nursery.start_soon(busy, "only parked", 8192)
         assert answered["only parked"] - answered["executed first"] > 0.2
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("fuses", [True, False])
+async def test_the_in_use_word_tells_of_an_error_that_nobody_recovered_from(
+    tmp_path: Path, fuses: bool
+) -> None:
+    layer = FaultyOs()
+    path = image(tmp_path)
+    async with serving(layer) as served:
+        device = await served.table.add(str(path))
+        if fuses:
+            device.bind()
+        layer.add(Fault(op="read", start=64 << 10, error=errno.EIO))
+        await write(device, 0, b"x" * 4096)
+        device.gate.read(0, memoryview(bytearray(4096)), lambda _: None)
+        device.gate.kick()
+        with trio.fail_after(5):
+            while not (device.gate.faulted or device.gate.latched):  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        await device.close()
+    assert path.read_bytes()[44:48] == b"Ynot"
+    async with serving() as served:
+        device = await served.add(path)  # checked, and found to be sound
+        assert await read(device, 0, 4096) == b"x" * 4096
+    assert path.read_bytes()[44:48] == bytes(4)

@@ -171,7 +171,7 @@ def test_with_a_fuse_off_the_error_is_reported_and_the_device_latched(
     assert gate.try_write(0, data()) is True
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_storage_is_neither_standby_nor_a_latch(number: int) -> None:
     bench, answers = Bench(), []
     bench.device.fail("write", number)

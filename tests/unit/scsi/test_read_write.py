@@ -145,6 +145,7 @@ def test_too_much_data_is_cut() -> None:
         (errno.EBUSY, (3, 0x1100), (3, 0x0C00)),
         (errno.ENOSPC, (3, 0x1100), (7, 0x2707)),
         (errno.EDQUOT, (3, 0x1100), (7, 0x2707)),
+        (errno.EFBIG, (3, 0x1100), (7, 0x2707)),
         (errno.EROFS, (3, 0x1100), (7, 0x2700)),
         (errno.ENOMEM, (4, 0x4400), (4, 0x4400)),
     ],
