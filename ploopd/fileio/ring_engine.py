@@ -67,9 +67,10 @@ class RingEngine:
         """Whether reads and writes of `fd` are for the kernel's workers from the start.
 
         io_uring tries every operation in the submitting thread first.  FUSE accepts that try and
-        then sleeps in it while its queue of background requests (12 by default) is full.
+        then sleeps in it while its queue of background requests (12 by default) is full.  Called by
+        the thread that opens a file.
         """
-        self._watch.forget(fd)
+        self._watch.opened(fd)
         if stalls:
             self._stalling.add(fd)
         else:

@@ -140,11 +140,15 @@ class StallWatch:
             return False
         if time.monotonic() < until:
             return True
-        del self._diverted[fd]
+        self._diverted.pop(fd, None)
         return False
 
+    def opened(self, fd: int) -> None:
+        """`fd` is another file now, of which nothing is under way yet.  For any thread."""
+        self._diverted.pop(fd, None)
+
     def forget(self, fd: int) -> None:
-        """`fd` was disowned, or is another file now: nothing of it is moved."""
+        """`fd` was disowned: nothing of it is moved."""
         self._diverted.pop(fd, None)
         self._moving = {
             tag

@@ -193,3 +193,26 @@ def test_a_diversion_ends(files: list[int], monkeypatch: pytest.MonkeyPatch) -> 
 def test_control_operations_belong_to_no_file() -> None:
     assert file_of((Opcode.ASYNC_CANCEL, 7, 0, 0, 0, 1, 0, 0)) == -1
     assert file_of((Opcode.READ, 7, 0, 0, 0, 1, 0, 0)) == 7
+
+
+def test_a_file_is_opened_in_a_thread_while_the_loop_reaps(files: list[int]) -> None:
+    class Reaping(dict[int, Operation]):
+        """The loop takes an operation out as soon as the other thread has seen it."""
+
+        def __contains__(self, tag: object) -> bool:
+            found = super().__contains__(tag)
+            self.clear()
+            return found
+
+    ring = Ring()
+    tags = [ring.begin(Opcode.FALLOCATE, fd, 4096, 0, 0) for fd in files[:2]]
+    for _ in range(2):
+        ring.tick()
+    assert ring.cancelled == tags
+    operation = ring.operations[tags[0]]
+    watch, ring.watch._operations = ring.watch, Reaping(ring.operations)
+    watch.opened(files[2])
+    assert watch.takes_over(operation, -errno.ECANCELED)  # it is still the watch's to move
+    assert watch.diverts(files[0])
+    watch.opened(files[0])
+    assert not watch.diverts(files[0])
