@@ -87,7 +87,7 @@ class Volume:
         self._hosts = core.map.view
         self._exclusive = core.locks.exclusive
         self._readers = tuple(source.try_read for source in core.sources)
-        self._top_write = core.top.try_write
+        self._top_write = _not_now if self.read_only else core.top.try_write
         self._zeros = core.zeros
         self._inline_allocation = core.bat is not None and core.top.policy is Policy.INLINE
 
@@ -270,7 +270,7 @@ class Volume:
         """
         if not self._open:
             return
-        self._open = False
+        self._refuse_all()
         try:
             await closing.close(self._core, self._stack)
         finally:
@@ -286,7 +286,7 @@ class Volume:
         Nothing is written or waited for; requests under way end late or never.  The in-use word
         stays as it is.
         """
-        self._open = False
+        self._refuse_all()
         if self._core.nursery is not None:
             self._core.nursery.cancel_scope.cancel()
         self._stop.set()
@@ -307,6 +307,13 @@ class Volume:
         bat = self._core.bat
         return set() if bat is None else bat.referenced_by_late_writes()
 
+    def _refuse_all(self) -> None:
+        """No request begins from now on; what would have ended at once gets an error slowly."""
+        self._open = False
+        self._inline_allocation = False
+        self._top_write = _not_now
+        self._readers = (_not_now,) * len(self._readers)
+
     def _not_writable(self) -> int:
         if not self._open:
             return errno.ESHUTDOWN
@@ -315,3 +322,8 @@ class Volume:
     def _refuse(self, done: Done, number: int, op: str) -> Pending:
         done(StorageError(number, op, path=self.path))
         return FINISHED
+
+
+def _not_now(buffer: memoryview, offset: int) -> bool:
+    """The inline path of a closed file."""
+    return False

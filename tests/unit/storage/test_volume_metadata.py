@@ -15,6 +15,7 @@ from ploopd.errors import StorageError
 from ploopd.fileio.faults import Fault, FaultyOs
 from ploopd.fileio.file import CacheMode
 from ploopd.fileio.policy import filesystem_type
+from ploopd.storage.check import check_image
 from tests.support import images
 from tests.support.volumes import open_disk, running_engine
 
@@ -118,3 +119,23 @@ async def test_closing_waits_no_longer_than_until_it_is_given_up(tmp_path: Path)
             assert scope.cancelled_caught
         layer.release()
     assert path.read_bytes()[44:48] == b"Ynot"
+
+
+@pytest.mark.trio
+async def test_nothing_is_written_at_once_while_it_is_closed(shm: Path) -> None:
+    path = images.write_delta(shm / "disk.hds", 8 * CLUSTER, {}, cluster_size=CLUSTER)
+    layer = FaultyOs()
+    async with running_engine() as engine, open_disk(path, engine, layer=layer) as disk:
+        await disk.write(0, b"x" * 4096)
+        layer.add(Fault(op="fsync", nth=2, hang=True))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(disk.volume.close)
+            with trio.fail_after(5):
+                while path.stat().st_size > 2 * CLUSTER:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+            assert not disk.volume.try_write(CLUSTER, memoryview(b"y" * 4096))
+            assert not disk.volume.try_write(0, memoryview(b"y" * 4096))
+            assert not disk.volume.try_write(0, memoryview(b"y" * 2 * CLUSTER))
+            layer.release()
+    assert check_image(path).corruptions == 0
+    assert path.read_bytes()[CLUSTER:] == b"x" * 4096 + bytes(CLUSTER - 4096)
