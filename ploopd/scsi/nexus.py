@@ -44,6 +44,7 @@ class ItlNexus:
 
     `read_range` and `write_range` answer the only question that matters for speed: may this CDB run
     right now, without a task?  Everything that could say no is kept up to date in two flags.
+    `streams`: WRITEs without a task whose data the transport is still receiving.
     """
 
     __slots__ = (
@@ -56,6 +57,7 @@ class ItlNexus:
         "lun",
         "nexus",
         "stats",
+        "streams",
         "unit",
     )
 
@@ -64,6 +66,7 @@ class ItlNexus:
         self.lun = lun
         self.unit = unit
         self.stats: Statistics = unit.stats
+        self.streams = 0
         self._attentions = UnitAttentions()
         device: BlockDevice = unit.device
         self._device_read = device.try_read

@@ -133,7 +133,9 @@ def _manage_unit(itl: ItlNexus, function: TaskFunction, done: Answer) -> None:
         case TaskFunction.ABORT_TASK_SET:
             abort_all(own, complete)
         case TaskFunction.CLEAR_TASK_SET:
-            for other in {task.itl for task in unit.tasks if task.itl is not None}:
+            others = {task.itl for task in unit.tasks if task.itl is not None}
+            # The unit attention also keeps the rest of a streamed write from being written.
+            for other in others.union(itl for itl in unit.itls if itl.streams):
                 if other.nexus is not itl.nexus:
                     other.establish(UnitAttention.COMMANDS_CLEARED)
             abort_all(list(unit.tasks), complete)

@@ -52,6 +52,8 @@ class Commands:
         if error is not None:
             self.fail(command, error)
         elif not self._start_stream(command, request.data):
+            if command.attribute == Attribute.ORDERED:
+                self._break_streams(command.lun)
             self._start_task(command, request.data)
 
     def _unacceptable(self, request: Request) -> RejectReason | None:
@@ -87,11 +89,26 @@ class Commands:
         extent = itl.write_range(command.cdb[:16]) if itl is not None else None
         if extent is None or extent[1] != command.expected:
             return False
+        assert itl is not None
+        itl.streams += 1
         command.itl = itl
         command.stream = extent[0]
         command.wanted = command.expected
         self.data_out.begin(command, data)
         return True
+
+    def _break_streams(self, lun: int) -> None:
+        """Make tasks of the streamed writes, so that an ORDERED task waits for them."""
+        itl = self._nexus.itl(lun)
+        for command in list(self._flow.commands.values()):
+            if itl is not None and command.itl is itl and command.received < command.wanted:
+                self.stream_broken(command)
+
+    @staticmethod
+    def _leave_stream(command: Command) -> None:
+        itl, command.itl = command.itl, None
+        if itl is not None:
+            itl.streams -= 1
 
     def _start_task(self, command: Command, data: memoryview) -> None:
         if not self._prepare(command, command.cdb, command.expected if command.writes else 0):
@@ -142,6 +159,7 @@ class Commands:
         self._flow.touch()
 
     def stream_broken(self, command: Command) -> bool:
+        self._leave_stream(command)
         rest = command.wanted - command.received
         if not self._prepare(command, command.remainder_cdb(), rest):
             return False
@@ -166,7 +184,10 @@ class Commands:
             self._nexus.kick()
 
     def fail(self, command: Command, asc: TransportAsc) -> None:
-        if command.failed:
+        if command.held:
+            # It has failed already; that the rest will not come ends the wait for it.
+            if not command.unsolicited:
+                self.respond_held(command)
             return
         command.failed = True
         self._abort_task(command)
@@ -196,10 +217,15 @@ class Commands:
         self._give_back(command)
         self.data_out.forget(command)
         if command.unsolicited:
-            command.held = True
+            self._hold(command)
             return
         self._respond(command, task)
         self._flow.touch()
+
+    def _hold(self, command: Command) -> None:
+        """The response waits for the data that was announced, as long as data may take."""
+        command.held = True
+        command.deadline = self._flow.now + self._flow.limits.data_out_timeout
 
     def _aborted(self, task: Task) -> None:
         """The task was aborted (task management, reset, nexus loss): no response for it."""
@@ -214,6 +240,7 @@ class Commands:
         """Forget a command without a response."""
         if command.task is not None:
             command.task.release()
+        self._leave_stream(command)
         self.data_out.forget(command)
         self._flow.leave(command)
         self._flow.budget.forget(command)
@@ -255,11 +282,13 @@ class Commands:
 
     def _end(self, command: Command, status: Status, sense: bytes) -> None:
         """End a command whose status comes from the transport."""
+        self._leave_stream(command)
         self.data_out.forget(command)
         if command.task is None or not command.detached:
             self._give_back(command)
         if command.unsolicited:
-            command.held, command.held_status, command.held_sense = True, status, sense
+            command.held_status, command.held_sense = status, sense
+            self._hold(command)
             return
         self._flow.leave(command)
         self._flow.budget.forget(command)

@@ -274,11 +274,11 @@ class Connection:
         self._node.sessions.when_drained(session, self._drained)
 
     def _drained(self) -> None:
-        if self._phase is not Phase.JOINING or self._final_reply is None:
-            return
-        reply, self._final_reply = self._final_reply, None
-        session, parameters = self._session, self._login.parameters
-        assert session is not None
+        session, reply = self._session, self._final_reply
+        if self._phase is not Phase.JOINING or session is None or reply is None:
+            return  # already done, or replaced while it waited
+        self._final_reply = None
+        parameters = self._login.parameters
         self._send_login_reply(reply)
         self._flow.parameters = parameters
         if session.nexus is not None:
@@ -355,7 +355,7 @@ class Connection:
     def next_timeout(self) -> float:
         """When `on_timeout` should be called at the latest; being late by a second is no harm."""
         if self.wants_close:
-            return self._closing_at
+            return self._last_received if self._closing_at == math.inf else self._closing_at
         limits = self._limits
         if self._phase is Phase.LOGIN:
             return self._started + limits.login_timeout

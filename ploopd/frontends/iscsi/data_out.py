@@ -242,4 +242,5 @@ class DataOut:
         if command.reserved >= command.wanted:
             self.pump(command)
         else:
+            command.deadline = 0.0  # it is our memory that is waited for, not the initiator
             self._flow.budget.reserve(command, command.wanted, self.pump)

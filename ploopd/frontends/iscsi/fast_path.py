@@ -47,6 +47,8 @@ class FastPath:
         known_lun = -1
         itl: ItlNexus | None = None
         full = False
+        if (tx.max_cmd_sn - tx.exp_cmd_sn) & SERIAL_MASK == SERIAL_MASK:
+            return False  # the command window is closed, and what is done here does not open it
         while fill - position >= 48:
             opcode, flags, _, lengths, lun, tag, expected, cmd_sn, _ = _unpack(buffer, position)
             if opcode != _COMMAND or cmd_sn != tx.exp_cmd_sn or tag in commands:

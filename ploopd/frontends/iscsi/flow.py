@@ -40,14 +40,17 @@ def aborted_command_sense(asc: TransportAsc) -> bytes:
 class Budget:
     """Bytes of data that the commands of one connection hold in memory.
 
-    Whoever does not fit waits for its turn; one command always fits, however large it is.
+    Whoever does not fit waits for its turn.  One command always fits, however large it is: when no
+    command has all that it needs, the first one gets it, whatever the others hold while they wait.
     """
 
-    __slots__ = ("_limit", "_used", "_waiting")
+    __slots__ = ("_granting", "_limit", "_served", "_used", "_waiting")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._used = 0
+        self._served: set[Command] = set()
+        self._granting = False
         self._waiting: deque[tuple[Command, int, Callable[[Command], None]]] = deque()
 
     @property
@@ -66,25 +69,34 @@ class Budget:
 
     def reserve(self, command: Command, amount: int, go: Callable[[Command], None]) -> None:
         """Call `go(command)` when there is room for `amount`, usually at once."""
-        extra = amount - command.reserved
-        if self._waiting or (self._used and extra > 0 and self._used + extra > self._limit):
+        if self._waiting or not self._fits(command, amount):
             self._waiting.append((command, amount, go))
             return
+        self._served.add(command)
         self.force(command, amount)
         go(command)
+
+    def _fits(self, command: Command, amount: int) -> bool:
+        extra = amount - command.reserved
+        return not self._served or extra <= 0 or self._used + extra <= self._limit
 
     def release(self, command: Command) -> None:
         """The command's share is free again; those who waited go on."""
         self._used -= command.reserved
         command.reserved = 0
-        while self._waiting:
-            waiting, amount, go = self._waiting[0]
-            extra = amount - waiting.reserved
-            if self._used and extra > 0 and self._used + extra > self._limit:
-                return
-            self._waiting.popleft()
-            self.force(waiting, amount)
-            go(waiting)
+        self._served.discard(command)
+        if self._granting:
+            return
+        # A loop, not a recursion: a command may end, and release its share, inside `go`.
+        self._granting = True
+        try:
+            while self._waiting and self._fits(*self._waiting[0][:2]):
+                waiting, amount, go = self._waiting.popleft()
+                self._served.add(waiting)
+                self.force(waiting, amount)
+                go(waiting)
+        finally:
+            self._granting = False
 
     def forget(self, command: Command) -> None:
         """The command has ended while it waited."""
