@@ -22,6 +22,10 @@ WORKERS = 512
 """Kernel workers for operations that block; they exist only while they are needed."""
 
 _THREADS_PER_FILE = 8
+_EAGER = 8
+"""Queued operations that are submitted without waiting for the end of the batch: the disk works
+while the rest of the batch is being prepared."""
+
 _MAX_ROUNDS = 8
 _RETRY = 0.01
 
@@ -164,6 +168,8 @@ class RingEngine:
             or not self._ring.push(*entry)
         ):
             self._backlog.append(entry)
+        elif self._ring.pending >= _EAGER:
+            self._submit()
 
     # The loop's side.
 

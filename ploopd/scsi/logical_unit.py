@@ -244,6 +244,21 @@ class LogicalUnit:
         task.state = TaskState.RUNNING
         self.tasks.start(task, self._run)
 
+    def start_read(self, task: Task, offset: int, length: int) -> None:
+        """Run a plain READ of the range at once; see `ItlNexus.start_read`."""
+        if len(self.tasks) >= QUEUE_LIMIT:
+            if task.nexus is not None:
+                task.nexus.forget(task)
+            task.finish(Status.TASK_SET_FULL)
+            return
+        task.command = self.commands.find(task.cdb)
+        task.direction = Direction.TO_INITIATOR
+        task.range_start = offset
+        task.range_end = offset + length
+        task.state = TaskState.RUNNING
+        self.tasks.enter(task)
+        self.tasks.start(task, self._run)
+
     def _run(self, task: Task) -> None:
         command = task.command
         assert command is not None

@@ -176,6 +176,15 @@ class ItlNexus:
         stats.read_bytes += len(view)
         return True
 
+    def start_read(self, task: Task, offset: int, length: int) -> None:
+        """Run `task`, a READ of the range that `read_range` gave and that `try_read` declined.
+
+        It may run without being prepared: all that `Nexus.prepare` checks is known to be right,
+        except that the task set may be full.
+        """
+        self.nexus.begin(task, self)
+        self.unit.start_read(task, offset, length)
+
     def try_write(self, offset: int, view: memoryview) -> bool:
         """Write `view` now, or say False: then the command takes the long way.
 
@@ -270,6 +279,13 @@ class Nexus:
             return False
         self.tasks[task.tag] = task
         return True
+
+    def begin(self, task: Task, itl: ItlNexus) -> None:
+        """`task` is one of this nexus from now on, and runs on `itl`'s unit in this batch."""
+        task.nexus = self
+        task.itl = itl
+        self.tasks[task.tag] = task
+        self._touched.add(itl.unit)
 
     def execute(self, task: Task) -> None:
         """Run a prepared task; `task.on_complete` is called when it ends.  A task that has been

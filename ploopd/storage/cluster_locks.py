@@ -51,17 +51,25 @@ class ClusterLocks:
 
     def leave(self, clusters: Iterable[int]) -> None:
         """End the I/O announced by `enter`."""
-        shared = self._shared
         for cluster in clusters:
-            count = shared[cluster] - 1
-            if count:
-                shared[cluster] = count
-                continue
-            del shared[cluster]
-            if self._draining:
-                start = self._draining.pop(cluster, None)
-                if start is not None:
-                    start()
+            self.leave_one(cluster)
+
+    def enter_one(self, cluster: int) -> None:
+        """`enter` for a single cluster."""
+        self._shared[cluster] = self._shared.get(cluster, 0) + 1
+
+    def leave_one(self, cluster: int) -> None:
+        """`leave` for a single cluster."""
+        shared = self._shared
+        count = shared[cluster] - 1
+        if count:
+            shared[cluster] = count
+            return
+        del shared[cluster]
+        if self._draining:
+            start = self._draining.pop(cluster, None)
+            if start is not None:
+                start()
 
     def wait(self, cluster: int, retry: Callback) -> None:
         """Call `retry` when `cluster`, which is exclusive, has been released."""

@@ -13,6 +13,11 @@ from ploopd.storage.request import Request
 def read(core: Core, request: Request, offset: int, buffer: memoryview) -> None:
     """Fill `buffer` from `offset`; the parts of `request` that this begins end by themselves."""
     size = core.map.cluster_size
+    cluster = offset // size
+    within = offset - cluster * size
+    if within + len(buffer) <= size and cluster not in core.locks.exclusive:
+        _read_within(core, request, cluster, within, buffer)
+        return
     at = offset
     for run in core.map.runs(offset, len(buffer)):
         at = run.offset
@@ -33,6 +38,27 @@ def read(core: Core, request: Request, offset: int, buffer: memoryview) -> None:
         core.locks.enter(clusters)
         request.add_part()
         core.sources[run.level].read(part, run.host, partial(_ended, core, request, clusters))
+
+
+def _read_within(
+    core: Core, request: Request, cluster: int, within: int, buffer: memoryview
+) -> None:
+    """The usual case, without the loop: one cluster, which nobody is changing."""
+    if not request.begin():
+        return
+    level = core.map.level_view[cluster]
+    if level == UNMAPPED:
+        fill_zero(core, buffer)
+        return
+    core.locks.enter_one(cluster)
+    request.add_part()
+    host = core.map.view[cluster] * core.map.cluster_size + within
+    core.sources[level].read(buffer, host, partial(_ended_within, core, request, cluster))
+
+
+def _ended_within(core: Core, request: Request, cluster: int, error: StorageError | None) -> None:
+    core.locks.leave_one(cluster)
+    request.ended(error)
 
 
 def _again(core: Core, request: Request, offset: int, buffer: memoryview) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from ploopd.fileio.buffers import Buffer
-from ploopd.frontends.iscsi.pdu import FINAL, Request
+from ploopd.frontends.iscsi.pdu import FINAL
 from ploopd.scsi.nexus import ItlNexus
 from ploopd.scsi.task import Attribute, Direction, Task
 
@@ -74,18 +74,20 @@ class Command:
         "wanted",
     )
 
-    def __init__(self, request: Request, cdb: bytes) -> None:
-        self.tag = request.tag
-        self.lun = request.lun
-        self.flags = request.flags
-        self.expected = request.word20
+    def __init__(
+        self, tag: int, lun: int, flags: int, expected: int, cdb: bytes, *, counted: bool = True
+    ) -> None:
+        self.tag = tag
+        self.lun = lun
+        self.flags = flags
+        self.expected = expected
         self.cdb = cdb
-        self.counted = not request.immediate
+        self.counted = counted
         self.task: Task | None = None
         self.itl: ItlNexus | None = None
         self.data_sn = 0
         self.r2t_sn = 0
-        self.unsolicited = self.writes and not request.flags & FINAL
+        self.unsolicited = bool(flags & WRITE_FLAG) and not flags & FINAL
         self.unsolicited_sn = 0
         self.wanted = 0
         self.received = 0

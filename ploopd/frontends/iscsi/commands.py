@@ -16,7 +16,7 @@ from ploopd.frontends.iscsi.pdu import (
     Request,
     extended_cdb,
 )
-from ploopd.scsi.nexus import Nexus
+from ploopd.scsi.nexus import ItlNexus, Nexus
 from ploopd.scsi.task import Attribute, Direction, Status, Task, TaskState
 from ploopd.scsi.task_management import TaskFunction, TmfResult
 
@@ -46,7 +46,14 @@ class Commands:
         cdb = bytes(request.bhs[32:48])
         if request.ahs:
             cdb += extended_cdb(request.ahs)
-        command = Command(request, cdb)
+        command = Command(
+            request.tag,
+            request.lun,
+            request.flags,
+            request.word20,
+            cdb,
+            counted=not request.immediate,
+        )
         flow.enter(command)
         error = self._data_rules(command, len(request.data))
         if error is not None:
@@ -55,6 +62,31 @@ class Commands:
             if command.attribute == Attribute.ORDERED:
                 self._break_streams(command.lun)
             self._start_task(command, request.data)
+
+    def start_read(
+        self, itl: ItlNexus, offset: int, cdb: bytes, lun: int, flags: int, tag: int, expected: int
+    ) -> bool:
+        """A plain READ that cannot complete at once, without the general way's questions: the fast
+        path has asked them.  False, and nothing has happened: it must go that way after all.
+        """
+        flow = self._flow
+        command = Command(tag, lun, flags, expected, cdb)
+        if not flow.budget.try_reserve(command, expected):
+            return False
+        command.task = task = Task(
+            tag=tag,
+            lun=lun,
+            cdb=cdb,
+            attribute=command.attribute,
+            on_complete=self._completed,
+            on_aborted=self._aborted,
+            transport=command,
+            expected_out=0,
+        )
+        flow.commands[tag] = command
+        flow.tx.exp_cmd_sn = (flow.tx.exp_cmd_sn + 1) & SERIAL_MASK
+        itl.start_read(task, offset, expected)
+        return True
 
     def _unacceptable(self, request: Request) -> RejectReason | None:
         if request.tag == RESERVED_TAG:

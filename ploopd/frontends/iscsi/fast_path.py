@@ -8,6 +8,7 @@ completed at once, ends the loop without having had an effect; the general path 
 
 from __future__ import annotations
 
+from ploopd.frontends.iscsi.commands import Commands
 from ploopd.frontends.iscsi.flow import Flow
 from ploopd.frontends.iscsi.pdu import REQUEST, RESERVED_TAG, RESPONSE, SERIAL_MASK
 from ploopd.frontends.iscsi.receive import Receiver
@@ -30,10 +31,11 @@ _pack = RESPONSE.pack_into
 class FastPath:
     """See the module's docstring.  Only for connections without digests."""
 
-    __slots__ = ("_flow", "_immediate_limit", "_nexus", "_receiver")
+    __slots__ = ("_commands", "_flow", "_immediate_limit", "_nexus", "_receiver")
 
-    def __init__(self, flow: Flow, nexus: Nexus, receiver: Receiver) -> None:
+    def __init__(self, flow: Flow, nexus: Nexus, receiver: Receiver, commands: Commands) -> None:
         self._flow = flow
+        self._commands = commands
         self._nexus = nexus
         self._receiver = receiver
         parameters = flow.parameters
@@ -63,7 +65,10 @@ class FastPath:
                 break
             if plain == _READ and lengths == 0:
                 end = position + 48
-                if not self._read(itl, buffer[position + 32 : end], tag, expected):
+                cdb = buffer[position + 32 : end]
+                if not self._read(itl, cdb, tag, expected) and not self._read_later(
+                    itl, cdb, lun, flags, tag, expected
+                ):
                     break
             elif plain == _WRITE and lengths == expected:
                 start = position + 48
@@ -114,6 +119,17 @@ class FastPath:
         tx.stat_sn = (stat_sn + 1) & SERIAL_MASK
         tx.op = end
         return True
+
+    def _read_later(
+        self, itl: ItlNexus, cdb: memoryview, lun: int, flags: int, tag: int, expected: int
+    ) -> bool:
+        """Start a plain READ that has to wait, and go on: others may come meanwhile."""
+        extent = itl.read_range(cdb)
+        if extent is None or extent[1] != expected:
+            return False
+        if self._flow.tx.exp_cmd_sn == self._flow.tx.max_cmd_sn:
+            return False  # it closes the command window, which `run` looks at when it begins
+        return self._commands.start_read(itl, extent[0], bytes(cdb), lun, flags, tag, expected)
 
     def _long_read(self, itl: ItlNexus, offset: int, tag: int, expected: int) -> bool:
         """A READ that takes several Data-In PDUs, still straight into the arena."""

@@ -80,6 +80,14 @@ class Budget:
         extra = amount - command.reserved
         return not self._served or extra <= 0 or self._used + extra <= self._limit
 
+    def try_reserve(self, command: Command, amount: int) -> bool:
+        """Room for `amount` for a command that has none yet, if it need not wait for it."""
+        if self._waiting or not self._fits(command, amount):
+            return False
+        self._served.add(command)
+        self.force(command, amount)
+        return True
+
     def release(self, command: Command) -> None:
         """The command's share is free again; those who waited go on."""
         self._used -= command.reserved

@@ -81,7 +81,7 @@ class FullFeature:
             self._table[Opcode.DATA_OUT] = self._data_out
             self._table[Opcode.TASK_MANAGEMENT] = self._management.receive
             if not (flow.parameters.header_digest or flow.parameters.data_digest):
-                self._fast = FastPath(flow, session.nexus, receiver)
+                self._fast = FastPath(flow, session.nexus, receiver, self._commands)
 
     # -- input
 
