@@ -34,7 +34,7 @@ CLOSE_DEADLINE = 10.0
 """Seconds that closing a volume may take before it is abandoned."""
 
 OPEN_THREADS = 8
-"""Volumes that are opened at once; one that hangs keeps its thread."""
+"""Volumes that are opened at once; those that hang, and were given up, do not count."""
 
 Inode = tuple[int, int]
 """Device and inode number of a file."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import trio
@@ -30,7 +32,7 @@ async def close(core: Core, stack: Stack) -> None:
         await _idle(core)
         await _quiet(stack)
         problem = await _finish(core, stack)
-        await trio.to_thread.run_sync(stack.close, abandon_on_cancel=True)
+        await _in_thread(stack.close)
     except trio.Cancelled:
         stack.abandon()
         raise
@@ -49,10 +51,17 @@ async def _finish(core: Core, stack: Stack) -> StorageError | None:
     try:
         if core.bat is not None and core.bat.doubtful:
             await core.bat.settle(core.locks)
-        await trio.to_thread.run_sync(stack.finish, core.used_end(), abandon_on_cancel=True)
+        await _in_thread(partial(stack.finish, core.used_end()))
     except StorageError as error:
         return error
     return None
+
+
+async def _in_thread(blocking: Callable[[], None]) -> None:
+    # A limiter of its own: trio's counts threads that hang for ever, and this must not wait for
+    # those of other volumes.
+    limiter = trio.CapacityLimiter(1)
+    await trio.to_thread.run_sync(blocking, abandon_on_cancel=True, limiter=limiter)
 
 
 async def _idle(core: Core) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import trio
+import trio.testing
 
 from ploopd.disownable import disownable
 from ploopd.errors import ExitCode, PloopError
@@ -78,3 +80,48 @@ def test_a_result_that_comes_after_the_loop_has_ended_harms_nobody() -> None:
     release.set()
     assert returned.wait(5)
     assert undone == []
+
+
+@pytest.mark.trio
+async def test_calls_that_hang_do_not_keep_others_from_their_turn() -> None:
+    limiter = trio.CapacityLimiter(1)
+    release = threading.Event()
+    ended = [trio.Event() for _ in range(3)]
+
+    async def call(blocking: Callable[[], object], deadline: float, number: int = 0) -> object:
+        return await disownable(
+            blocking,
+            deadline=deadline,
+            what="it",
+            undo=lambda _: ended[number].set(),
+            limiter=limiter,
+        )
+
+    for number in range(3):
+        with pytest.raises(PloopError, match="longer"):
+            await call(lambda: release.wait(30), 0.02, number)
+    assert await call(lambda: "healthy", 5.0) == "healthy"
+    release.set()
+    with trio.fail_after(5):
+        for each in ended:
+            await each.wait()
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    assert (limiter.total_tokens, limiter.borrowed_tokens) == (1, 0)
+
+
+@pytest.mark.trio
+async def test_a_late_error_gives_the_turn_back() -> None:
+    limiter = trio.CapacityLimiter(1)
+    release = threading.Event()
+
+    def hang() -> int:
+        release.wait(30)
+        raise PloopError("late")
+
+    with pytest.raises(PloopError, match="longer"):
+        await disownable(hang, deadline=0.02, what="it", undo=lambda _: None, limiter=limiter)
+    assert limiter.total_tokens == 2
+    release.set()
+    with trio.fail_after(5):
+        while limiter.borrowed_tokens or limiter.total_tokens > 1:  # noqa: ASYNC110
+            await trio.sleep(0.01)
