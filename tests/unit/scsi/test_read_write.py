@@ -8,8 +8,10 @@ import pytest
 
 from ploopd.errors import ParkTimeoutError
 from ploopd.scsi.inquiry import MAX_TRANSFER_BLOCKS
+from ploopd.scsi.task import Status, Task
+from ploopd.scsi.task_management import TaskFunction, TmfResult
 from tests.support.memory_device import Completion, pattern
-from tests.unit.scsi.harness import BLOCK, cdb, cdb10, cdb12, cdb16, make_bench
+from tests.unit.scsi.harness import BLOCK, Initiator, cdb, cdb10, cdb12, cdb16, make_bench
 
 READS = {6: 0x08, 10: 0x28, 12: 0xA8, 16: 0x88}
 WRITES = {6: 0x0A, 10: 0x2A, 12: 0xAA, 16: 0x8A}
@@ -233,6 +235,61 @@ def test_the_short_way_moves_data_and_counts() -> None:
     assert not itl.try_read(512, view)
     assert not itl.try_write(512, memoryview(data))
     assert (stats.reads, stats.writes) == (1, 1)
+
+
+def waiting_read(host: Initiator, tag: int, lba: int) -> Task:
+    """A READ of one block that the inline path has declined."""
+    itl = host.nexus.itl(0)
+    assert itl is not None
+    task = Task(
+        tag=tag,
+        lun=0,
+        cdb=cdb10(0x28, lba, 1),
+        on_complete=host.finished.append,
+        on_aborted=host.aborted.append,
+    )
+    itl.start_read(task, lba * BLOCK, BLOCK)
+    return task
+
+
+def test_a_declined_read_runs_as_a_task_without_being_prepared() -> None:
+    bench = make_bench(completion=Completion.MANUAL)
+    host = bench.login()
+    host.nexus.itl(0)
+    before = bench.device.kicks
+    task = waiting_read(host, 77, 3)
+    host.nexus.kick()
+    assert bench.device.kicks == before + 1
+    assert host.nexus.tasks[77] is task
+    assert host.manage(TaskFunction.QUERY_TASK, tag=77) == [TmfResult.SUCCEEDED]
+    bench.device.complete()
+    assert host.finished[-1] is task
+    assert (task.status, len(task.data_in)) == (0, BLOCK)
+    assert 77 not in host.nexus.tasks
+    task.release()
+
+
+def test_a_declined_read_can_be_aborted() -> None:
+    bench = make_bench(completion=Completion.MANUAL)
+    host = bench.login()
+    task = waiting_read(host, 78, 3)
+    answers = host.manage(TaskFunction.ABORT_TASK, tag=78)
+    if not answers:
+        bench.device.complete()
+    assert answers == [TmfResult.COMPLETE]
+    assert host.aborted == [task]
+    assert task not in host.finished
+
+
+def test_a_declined_read_meets_a_full_task_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ploopd.scsi.logical_unit.QUEUE_LIMIT", 1)
+    bench = make_bench(completion=Completion.MANUAL)
+    host = bench.login()
+    waiting_read(host, 79, 3)
+    second = waiting_read(host, 80, 4)
+    assert host.finished[-1] is second
+    assert second.status == Status.TASK_SET_FULL
+    assert 80 not in host.nexus.tasks
 
 
 def test_what_closes_the_short_way() -> None:
