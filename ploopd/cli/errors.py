@@ -57,8 +57,11 @@ def one_line(text: str) -> str:
 
 def _usage(program: str, error: click.ClickException) -> int:
     context = getattr(error, "ctx", None)
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        click.echo(error.format_message(), err=True)
+        return ExitCode.USAGE
     hint = f"; see `{context.command_path} --help`" if context is not None else ""
-    report(program, error.format_message().replace("\n", " ").rstrip(".") + hint)
+    report(program, " ".join(error.format_message().split()).rstrip(".") + hint)
     return ExitCode.USAGE if isinstance(error, click.UsageError) else error.exit_code
 
 

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import click
 
 DEFAULT_TIMEOUT = 30.0
+LONGEST_TIMEOUT = 7 * 24 * 3600.0
+
+
+class _Seconds(click.FloatRange):
+    """A positive number of seconds, which `nan` is not."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if math.isnan(seconds):
+            self.fail(f"{value!r} is not a number of seconds", param, ctx)
+        return seconds
+
 
 TIMEOUT = click.option(
     "--timeout",
-    type=click.FloatRange(min=0.0, min_open=True),
+    type=_Seconds(min=0.0, min_open=True, max=LONGEST_TIMEOUT),
     default=DEFAULT_TIMEOUT,
     show_default=True,
     metavar="SECONDS",

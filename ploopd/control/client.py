@@ -22,7 +22,7 @@ from ploopd.control.protocol import (
     encode_parameters,
     error_from_reply,
 )
-from ploopd.errors import DeniedError, ExitCode, PloopError
+from ploopd.errors import DeniedError, ExitCode, PloopError, UsageError
 
 DEFAULT_TIMEOUT = 30.0
 _CHUNK = 1 << 16
@@ -74,9 +74,13 @@ class ControlClient:
             yield message
 
     def _send(self, method: Method, parameters: Message, *, more: bool) -> None:
-        call = Call(
-            method=method.qualified_name, parameters=encode_parameters(parameters), more=more
-        )
+        try:
+            raw = encode_parameters(parameters, exact=True)
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                "only names in UTF-8 can be sent to the daemon", field="name", value=error.object
+            ) from error
+        call = Call(method=method.qualified_name, parameters=raw, more=more)
         self._socket.settimeout(self.timeout)
         try:
             self._socket.sendall(encode(call))

@@ -19,6 +19,9 @@ ERROR_PREFIX = "org.ploopd.Control."
 SERVICE_ERROR_PREFIX = "org.varlink.service."
 
 
+DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding a message can raise: wrong JSON, wrong UTF-8, and too many brackets."""
+
 _EMPTY = msgspec.Raw(b"{}")
 
 
@@ -92,9 +95,29 @@ def encode(message: Call | Reply) -> bytes:
     return msgspec.json.encode(message) + b"\0"
 
 
-def encode_parameters(parameters: msgspec.Struct) -> msgspec.Raw:
-    """A call's or reply's parameters as JSON."""
-    return msgspec.Raw(msgspec.json.encode(parameters))
+def encode_parameters(parameters: msgspec.Struct, *, exact: bool = False) -> msgspec.Raw:
+    """A call's or reply's parameters as JSON.
+
+    A file name that is not UTF-8 is shown with escapes; with `exact` it is a UnicodeEncodeError.
+    """
+    try:
+        return msgspec.Raw(msgspec.json.encode(parameters))
+    except UnicodeEncodeError:
+        if exact:
+            raise
+        return msgspec.Raw(msgspec.json.encode(_escaped(msgspec.to_builtins(parameters))))
+
+
+def _escaped(value: Any) -> Any:
+    """`value` with everything in its strings escaped that UTF-8 does not have."""
+    match value:
+        case str():
+            return value.encode(errors="backslashreplace").decode()
+        case list():
+            return [_escaped(one) for one in value]
+        case dict():
+            return {key: _escaped(one) for key, one in value.items()}
+    return value
 
 
 def decode_call(data: bytes) -> Call:
@@ -113,7 +136,7 @@ _Message = TypeVar("_Message", Call, Reply)
 def _decode(data: bytes, kind: type[_Message]) -> _Message:
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except DECODE_ERRORS as error:
         raise ProtocolError(f"a {kind.__name__.lower()} cannot be read: {error}") from error
 
 

@@ -8,6 +8,7 @@ when all places are taken the connection that has been idle longest makes room.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import struct
@@ -25,6 +26,7 @@ from ploopd.control.interface import (
     control_description,
 )
 from ploopd.control.protocol import (
+    DECODE_ERRORS,
     Call,
     FrameReader,
     ProtocolError,
@@ -140,6 +142,9 @@ class ControlServer:
             log.debug("event=control-connection-ended error=%r", str(error))
         except trio.TooSlowError:
             log.info("event=control-client-dropped reason=%r", "does not send or read")
+        except Exception:
+            # Supervisor: a defect ends this connection, not the daemon's disks.
+            log.exception("event=control-defect")
         finally:
             self._connections.discard(connection)
             await trio.aclose_forcefully(stream)
@@ -154,15 +159,21 @@ class ControlServer:
             await _send(stream, error_reply(BusyError("too many control connections")))
             return
         frames = FrameReader()
+        deadline = math.inf
         while True:
             connection.idle_since = None if frames.partial else trio.current_time()
-            with trio.fail_after(MESSAGE_SECONDS if frames.partial else float("inf")):
+            with trio.fail_at(deadline):
                 data = await stream.receive_some(_CHUNK)
             connection.idle_since = None
             if not data:
                 return
-            for message in frames.feed(bytes(data)):
+            complete = frames.feed(bytes(data))
+            for message in complete:
                 await self._answer(stream, decode_call(message), nursery)
+            if not frames.partial:
+                deadline = math.inf
+            elif complete or deadline == math.inf:
+                deadline = trio.current_time() + MESSAGE_SECONDS
 
     async def _answer(
         self, stream: trio.SocketStream, call: Call, nursery: trio.Nursery | None
@@ -183,7 +194,7 @@ class ControlServer:
             return
         try:
             parameters = msgspec.json.decode(call.parameters, type=operation.method.parameters)
-        except msgspec.DecodeError as error:
+        except DECODE_ERRORS as error:
             await self._reply(stream, call, service_error("InvalidParameter", parameter=str(error)))
             return
         if operation.outlives_client and nursery is not None:
@@ -246,7 +257,7 @@ class ControlServer:
             return None
         try:
             wanted = msgspec.json.decode(call.parameters, type=messages.InterfaceName).interface
-        except msgspec.DecodeError:
+        except DECODE_ERRORS:
             return service_error("InvalidParameter", parameter="interface")
         descriptions = {
             SERVICE_INTERFACE: lambda: SERVICE_DESCRIPTION,

@@ -1,7 +1,8 @@
 """Commands that every device server has: identity, capacity, mode parameters, diagnostics.
 
 Source: SPC-4 clause 6, SBC-3 5.15, 5.16 (READ CAPACITY), 5.25 (START STOP UNIT).  None of them
-needs the storage, so all of them answer while it is away; stopping the unit flushes it.
+needs the storage, so all of them answer while it is away; stopping the unit and switching its
+write cache off flush it.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def check_mode_select(unit: LogicalUnit, task: Task) -> None:
         raise invalid_cdb_field(1, 0)
 
 
-def mode_select_6(unit: LogicalUnit, task: Task) -> bytes:
+def mode_select_6(unit: LogicalUnit, task: Task) -> bytes | Script:
     data = task.data_out[: task.data_out_length]
     if not data:
         return b""
@@ -155,7 +156,7 @@ def mode_select_6(unit: LogicalUnit, task: Task) -> bytes:
     return _mode_select(unit, task, data, header=4, descriptor=data[3], long_lba=False)
 
 
-def mode_select_10(unit: LogicalUnit, task: Task) -> bytes:
+def mode_select_10(unit: LogicalUnit, task: Task) -> bytes | Script:
     data = task.data_out[: task.data_out_length]
     if not data:
         return b""
@@ -173,7 +174,7 @@ def _mode_select(
     header: int,
     descriptor: int,
     long_lba: bool,
-) -> bytes:
+) -> bytes | Script:
     start = header + descriptor
     if descriptor not in (0, 16 if long_lba else 8):
         raise illegal_request(Asc.PARAMETER_LIST_LENGTH_ERROR)
@@ -181,8 +182,12 @@ def _mode_select(
         raise illegal_request(Asc.PARAMETER_LIST_LENGTH_ERROR)
     if descriptor:
         mode.check_block_descriptor(data[header:start], header, unit.blocks)
+    cached = unit.modes.write_cache
     if mode.select(unit.modes, data[start:], start):
         unit.modes_changed(task.itl)
+    if cached and not unit.modes.write_cache:
+        # From now on nobody sends SYNCHRONIZE CACHE for what was written before (SBC-3 6.4.5).
+        return transfer.flush(unit)
     return b""
 
 

@@ -6,6 +6,7 @@ Source: SBC-3 4.7 (logical block provisioning), 5.35, 5.40, 5.45 (the commands).
 from __future__ import annotations
 
 import struct
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from ploopd.scsi import transfer
@@ -25,6 +26,8 @@ WRITE_SAME_16 = 0x93
 MAPPED, DEALLOCATED = 0, 1
 MAX_STATUS_DESCRIPTORS = 1024
 MAX_STATUS_BLOCKS = 0xFFFF_FFFF
+MAX_STATUS_EXTENTS = 8192
+"""Extents looked at for one command: a fragmented image has millions, which take seconds."""
 
 
 def no_data_out(task: Task) -> bool:
@@ -132,10 +135,11 @@ def get_lba_status(unit: LogicalUnit, task: Task) -> bytes:
 
 
 def status_rows(unit: LogicalUnit, offset: int, room: int) -> list[tuple[int, int, int]]:
-    """At most `room` rows (LBA, blocks, provisioning status) without equal neighbours."""
+    """At most `room` rows (LBA, blocks, provisioning status) without equal neighbours.  The last
+    one may end before its status changes; whoever asks goes on from there."""
     length = min((unit.blocks << BLOCK_SHIFT) - offset, MAX_STATUS_BLOCKS << BLOCK_SHIFT)
     rows: list[tuple[int, int, int]] = []
-    for part in unit.device.extents(offset, length):
+    for part in islice(unit.device.extents(offset, length), MAX_STATUS_EXTENTS):
         status = DEALLOCATED if part.kind is ExtentKind.HOLE else MAPPED
         lba, count = part.offset >> BLOCK_SHIFT, part.length >> BLOCK_SHIFT
         if rows and rows[-1][2] == status:

@@ -250,6 +250,39 @@ def test_usage_errors_are_one_line(
     assert len(result.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["device", "list", "--timeout", "nan"],
+        ["device", "list", "--timeout", "inf"],
+        ["device", "list", "--timeout", "1e20"],
+        ["device", "list", "--timeout", "0"],
+        ["device", "standby", "root"],
+    ],
+)
+def test_usage_errors_of_ploopctl_are_one_line(
+    arguments: list[str], daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = call(capsys, ploopctl, "--control", daemon.path, *arguments)
+    assert (result.code, result.out) == (ExitCode.USAGE, "")
+    assert len(result.err.splitlines()) == 1
+    assert "internal error" not in result.err
+    assert "\\t" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [(ploopd, []), (ploopctl, []), (ploopctl, ["device"]), (ploopctl, ["image"])],
+)
+def test_without_a_command_there_is_help_to_read(
+    command: click.Command, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = call(capsys, command, *arguments)
+    assert (result.code, result.out) == (ExitCode.USAGE, "")
+    assert result.err.startswith("Usage: ")
+    assert "\nCommands:\n" in result.err
+
+
 def test_the_nearest_command_is_proposed(capsys: pytest.CaptureFixture[str]) -> None:
     result = call(capsys, ploopctl, "devise", "list")
     assert result.code == ExitCode.USAGE

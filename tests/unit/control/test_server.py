@@ -241,13 +241,69 @@ async def test_introspection(tmp_path: Path) -> None:
 
 
 @pytest.mark.trio
-@pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n\r\n\0", b"\0", b"x" * (1 << 20)])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\n\r\n\0",
+        b"\0",
+        b"x" * (1 << 20),
+        b'{"method":"\xff"}\0',
+        b'{"method":"a.b","parameters":' + b"[" * 200_000 + b"\0",
+        b'{"method":"a.b","parameters":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001 + b"\0",
+    ],
+    ids=["http", "empty", "endless", "not UTF-8", "brackets", "braces"],
+)
 async def test_garbage_ends_its_own_connection_only(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "c.sock"
     async with running(Service(), path):
         with contextlib.suppress(trio.BrokenResourceError):
             assert await raw_call(path, data) is None
         assert await raw_call(path, b'{"method":"org.ploopd.Control.ListDevices"}\0') is not None
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    "method", ["org.ploopd.Control.ShowDevice", "org.varlink.service.GetInterfaceDescription"]
+)
+async def test_parameters_that_are_not_utf_8(tmp_path: Path, method: str) -> None:
+    path = tmp_path / "c.sock"
+    call = b'{"method":"%s","parameters":{"name":"\xff","interface":"\xff"}}\0' % method.encode()
+    async with running(Service(), path):
+        reply = await raw_call(path, call)
+        assert reply is not None
+        assert reply.error == "org.varlink.service.InvalidParameter"
+        assert await raw_call(path, b'{"method":"org.ploopd.Control.ListDevices"}\0') is not None
+
+
+@pytest.mark.trio
+async def test_file_names_that_are_not_utf_8_are_shown_and_not_sent(tmp_path: Path) -> None:
+    path = tmp_path / "c.sock"
+    name = os.fsdecode(b"/vz/\xff.hds")
+    summary = messages.DeviceSummary(name="x", image=name, size=512, standby="off", urls=[])
+
+    async def listing(_parameters: messages.Empty, _send: Send) -> messages.DeviceList:
+        return messages.DeviceList(devices=[summary])
+
+    async def show(_parameters: messages.DeviceName, _send: Send) -> messages.ShowReply:
+        raise NotFoundError("is gone", path=name)
+
+    def client() -> None:
+        with ControlClient(path, timeout=5) as control:
+            listed = control.call(messages.LIST_DEVICES, messages.DeviceList, waiting="it")
+            assert listed.devices[0].image == r"/vz/\udcff.hds"
+            for wanted, told in (("x", r"/vz/\\udcff.hds: is gone"), (name, "only names in UTF-8")):
+                with pytest.raises(PloopError, match=told):
+                    control.call(
+                        messages.SHOW_DEVICE,
+                        messages.ShowReply,
+                        messages.DeviceName(name=wanted),
+                        waiting="it",
+                    )
+
+    service = Service()
+    service.listing, service.show = listing, show  # type: ignore[method-assign,assignment]
+    async with running(service, path):
+        await trio.to_thread.run_sync(client)
 
 
 @pytest.mark.trio
@@ -274,6 +330,23 @@ async def test_a_message_that_never_ends_is_dropped(autojump_clock: trio.abc.Clo
         await client.send_all(b'{"method":')
         assert await client.receive_some(1) == b""
         assert trio.current_time() - started == pytest.approx(server.MESSAGE_SECONDS, abs=1)
+    await client.aclose()
+
+
+@pytest.mark.trio
+async def test_a_message_must_be_whole_in_time_however_often_a_piece_comes(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    ours, theirs = trio.socket.socketpair()
+    client = trio.SocketStream(ours)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ControlServer([], INFO).serve_stream, trio.SocketStream(theirs))
+        started = trio.current_time()
+        with contextlib.suppress(trio.BrokenResourceError):
+            while trio.current_time() < started + 10 * server.MESSAGE_SECONDS:
+                await client.send_all(b" ")
+                await trio.sleep(5)
+        assert trio.current_time() - started == pytest.approx(server.MESSAGE_SECONDS, abs=6)
     await client.aclose()
 
 

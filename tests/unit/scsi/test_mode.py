@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 
 import pytest
 
-from tests.unit.scsi.harness import BLOCK, Initiator, cdb, cdb10, make_bench
+from tests.unit.scsi.harness import BLOCK, INITIATOR, Initiator, cdb, cdb10, make_bench
 
 CODES = {0x01: 12, 0x08: 20, 0x0A: 12, 0x1C: 12}
 
@@ -193,3 +194,27 @@ def test_empty_list_changes_nothing() -> None:
 def test_list_cut_by_the_transport() -> None:
     host = make_bench().login()
     assert host.send(cdb("15 10 00 00 18"), bytes(8), expected=8).sense == (5, 0x1A00)
+
+
+def test_switching_the_write_cache_off_writes_it_out() -> None:
+    """Afterwards the initiator sends no SYNCHRONIZE CACHE for what it has written before."""
+    bench = make_bench()
+    host, other = bench.login(), bench.login(f"{INITIATOR}2")
+    off, on = bytearray(sense6(host, 0x08)), sense6(host, 0x08)
+    off[2] = 0
+    host.good(cdb10(0x2A, 0, 1), b"x" * BLOCK)
+    host.good(*select6(bytes(off)))
+    assert [row.op for row in bench.device.log] == ["write", "flush"]
+    assert other.send(cdb("00")).sense == (6, 0x2A01)
+    host.good(*select6(on))
+    host.good(*select6(on))
+    assert len(bench.device.log) == 2
+
+
+def test_a_write_cache_that_cannot_be_written_out() -> None:
+    bench = make_bench()
+    host = bench.login()
+    off = bytearray(sense6(host, 0x08))
+    off[2] = 0
+    bench.device.fail("flush", errno.EIO)
+    assert host.send(*select6(bytes(off))).sense == (3, 0x0C00)

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import errno
 import struct
+from collections.abc import Iterator
 
 import pytest
 
+from ploopd.storage.device import Extent, ExtentKind
 from tests.support.memory_device import Completion, pattern
-from tests.unit.scsi.harness import BLOCK, Bench, Initiator, ManualClock, cdb10, cdb16, make_bench
+from tests.unit.scsi.harness import (
+    BLOCK,
+    Bench,
+    Initiator,
+    ManualClock,
+    cdb,
+    cdb10,
+    cdb16,
+    make_bench,
+)
 
 CLUSTER = 1 << 20
 
@@ -246,3 +257,22 @@ def test_get_lba_status_beyond_the_end() -> None:
     for lba in (bench.unit.blocks, bench.unit.blocks + 1, 2**63, 2**64 - 1):
         answer = host.send(struct.pack(">BBQIBB", 0x9E, 0x12, lba, 24, 0, 0))
         assert answer.sense == (5, 0x2100)
+
+
+def test_a_fragmented_map_is_not_looked_at_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million extents of one status would hold the event loop for seconds."""
+    bench = make_bench(64 << 20)
+    host = bench.login()
+    seen = 0
+
+    def fragments(offset: int, length: int) -> Iterator[Extent]:
+        nonlocal seen
+        for at in range(offset, offset + length, BLOCK):
+            seen += 1
+            yield Extent(offset=at, length=BLOCK, kind=ExtentKind.DATA, depth=0)
+
+    monkeypatch.setattr(bench.device, "extents", fragments)
+    data = host.good(cdb("9e 12 0000000000000010 00000400"))
+    lba, count, status = struct.unpack_from(">QIB", data, 8)
+    assert (lba, status, len(data)) == (0x10, 0, 24)
+    assert 0 < count <= seen < 20_000

@@ -311,7 +311,9 @@ def test_what_closes_the_short_way() -> None:
     assert task.status == 0
     assert itl.read_range(read)
     assert theirs.write_range(write)
-    host.good(cdb("15 10 00 00 18"), bytes([0] * 4 + [0x08, 0x12] + [0] * 18))
+    task = host.start(cdb("15 10 00 00 18"), bytes([0] * 4 + [0x08, 0x12] + [0] * 18))
+    bench.device.complete()
+    assert task.status == 0
     assert itl.read_range(read)
     assert itl.write_range(write) is None
 
