@@ -103,7 +103,10 @@ def _echo_details(details: DeviceDetails) -> None:
 @device.command()
 @_DEVICE
 @click.option(
-    "--image", required=True, type=click.Path(), help="The file that becomes the top delta."
+    "--image",
+    required=True,
+    type=click.Path(readable=False),
+    help="The file that becomes the top delta.",
 )
 @click.option("--force", is_flag=True, help="Accept an image that was not closed cleanly.")
 @TIMEOUT

@@ -23,7 +23,7 @@ _COMMANDS = {
 )
 @click.option(
     "--control",
-    type=click.Path(path_type=Path),
+    type=click.Path(readable=False, path_type=Path),
     envvar="PLOOPD_CONTROL",
     help="The daemon's control socket; default: /run/ploopd/control.sock for root, else "
     "$XDG_RUNTIME_DIR/ploopd/control.sock, else /tmp/ploopd-UID/control.sock.",

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path())
+@click.argument(
+    "images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(readable=False)
+)
 @click.option(
     "--portal",
     default="127.0.0.1:3260",
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("--read-only", is_flag=True, help="Never write to the images.")
 @click.option(
     "--control",
-    type=click.Path(path_type=Path),
+    type=click.Path(readable=False, path_type=Path),
     envvar="PLOOPD_CONTROL",
     help="Path of the control socket for ploopctl; its default is ploopctl's.",
 )
@@ -83,7 +85,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--image-root",
-    type=click.Path(path_type=Path),
+    type=click.Path(readable=False, path_type=Path),
     metavar="DIR",
     help="Deltas named by a descriptor may lie anywhere below DIR; default: the descriptor's own "
     "directory.",
@@ -92,7 +94,7 @@ if TYPE_CHECKING:
     "--chap-file",
     "chap_files",
     multiple=True,
-    type=click.Path(),
+    type=click.Path(readable=False),
     envvar="PLOOPD_CHAP_FILE",
     metavar="FILE",
     help="TOML file, mode 0600, with user, secret and, if wanted, initiator, mutual_user, "

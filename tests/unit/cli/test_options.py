@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ploopd import config
+from ploopd.cli.ploopctl import cli as ploopctl
+from ploopd.cli.ploopd import cli as ploopd
 from ploopd.config import ConfigError, ServeConfig, parse_portal, read_chap_files
 from ploopd.errors import DeniedError, ExitCode, NotFoundError, PloopError, UsageError
 from ploopd.frontends.iscsi.config import IscsiConfig, Portal
 from ploopd.frontends.iscsi.names import normalize_name
 from ploopd.units import format_size, format_size_exact, parse_size
+from tests.unit.cli.test_manual import commands
 
 SECRET = "correct horse battery"
 
@@ -184,3 +188,18 @@ def test_a_chap_file_must_be_a_file(tmp_path: Path) -> None:
         read_chap_files([tmp_path])
     with pytest.raises(NotFoundError):
         read_chap_files([tmp_path / "missing"])
+
+
+def test_permission_is_not_the_parsers_business() -> None:
+    """What may not be read is a denied access, not a wrong usage; the daemon may read more."""
+    programs: dict[str, click.Command] = {"ploopd": ploopd, "ploopctl": ploopctl}
+    paths = [
+        (name, parameter.name, parameter.type)
+        for program, command in programs.items()
+        for name, sub in commands(command, program)
+        for parameter in sub.params
+        if isinstance(parameter.type, click.Path)
+    ]
+    assert ("ploopd serve", "images") in {(name, parameter) for name, parameter, _ in paths}
+    wrong = [(name, parameter) for name, parameter, kind in paths if kind.readable]
+    assert not wrong
