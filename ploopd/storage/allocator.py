@@ -31,7 +31,6 @@ class Allocator:
         "_cursor",
         "_limit",
         "_pending",
-        "_quarantine",
         "_syncing",
         "_unknown",
         "_zero",
@@ -50,7 +49,6 @@ class Allocator:
         heapq.heapify(self._unknown)
         self._pending: list[tuple[int, bool]] = []
         self._syncing: list[tuple[int, bool]] | None = None
-        self._quarantine: set[int] = set()
 
     @property
     def used(self) -> int:
@@ -125,10 +123,6 @@ class Allocator:
         """
         self._pending.append((host, zeroed))
 
-    def quarantine(self, host: int) -> None:
-        """Never use `host` again: somebody else's late write may still refer to it."""
-        self._quarantine.add(host)
-
     def sync_begins(self) -> None:
         """What is pending now becomes free if the sync that begins now succeeds."""
         if self._syncing is not None:
@@ -151,9 +145,8 @@ class Allocator:
                     self.add_unknown(start, count)
 
     def withdraw(self, hosts: Iterable[int]) -> None:
-        """Take these out of the free space and quarantine them, wherever they are."""
+        """Never use these holes: somebody else's late write may still come to refer to them."""
         for host in hosts:
-            self.quarantine(host)
             self._unknown = _without(self._unknown, host)
             heapq.heapify(self._unknown)
 
