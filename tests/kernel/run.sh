@@ -5,7 +5,8 @@
 # read-only) under a throwaway tmpfs overlay: the checkout, the venv and the interpreter have the same
 # paths in the guest, and everything the guest writes is gone afterwards.  /scratch in the guest is a
 # real ext4 (O_DIRECT, fallocate, hole punching) on a sparse file, /out is OUT of the host.
-# Needs no privileges and no network.  Exit status: CMD's; 124 on time-out; 125 when there is no guest.
+# Needs no privileges and no network.  Exit status: CMD's; 124 on time-out; 125 when there is no guest;
+# 126 when it died.
 set -u
 MEM=2G SCRATCH=4G TIMEOUT=170 OUT=
 while [ $# -gt 0 ]; do
@@ -53,6 +54,8 @@ mkfs.ext4 -q -F -E lazy_itable_init=1,lazy_journal_init=1 "$RUN/scratch.img"
     printf ' %q' "$@"
     echo
 } >"$RUN/cmd"
+# hostfs holds a descriptor for every file that the guest has in its cache.
+ulimit -Sn "$(ulimit -Hn)"
 # The console must have an input that never ends, and stdin must not be a terminal shared with the
 # caller.  --kill-after: a wedged guest ignores TERM.
 timeout --kill-after=10 "$TIMEOUT" taskset -c "$CPU" \
@@ -66,4 +69,5 @@ status=${PIPESTATUS[0]}
 [ -s "$RUN/rc" ] && exit "$(cat "$RUN/rc")"
 cat "$RUN/err" >&2
 case $status in 124 | 137) exit 124 ;; esac
+[ -e "$RUN/started" ] && exit 126
 exit 125

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import tempfile
@@ -86,11 +85,10 @@ def initiator() -> OpenIscsi:
     """Load the modules and start iscsid, which Debian would have systemd do."""
     sh("modprobe", "-a", "iscsi_tcp", "sd_mod", "loop")
     Path("/run/lock/iscsi").mkdir(parents=True, exist_ok=True)
+    # Nothing of this machine's configuration; the host may keep it from all but its root, too.
+    sh("mount", "-t", "tmpfs", "iscsi", "/etc/iscsi")
     Path("/etc/iscsi/initiatorname.iscsi").write_text(f"InitiatorName={INITIATOR_NAME}\n")
-    config = Path("/etc/iscsi/iscsid.conf")
-    text = re.sub(r"(?m)^node\.startup.*", "node.startup = manual", config.read_text())
-    config.write_text(re.sub(r"(?m)^(iscsid\.startup)", r"#\1", text))
-    shutil.rmtree("/etc/iscsi/nodes", ignore_errors=True)
+    Path("/etc/iscsi/iscsid.conf").write_text("node.startup = manual\n")
     sh("iscsid")
     return OpenIscsi()
 

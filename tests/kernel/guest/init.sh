@@ -2,14 +2,20 @@
 # Process 1 of the user-mode-linux guest (see run.sh).  Does nothing anywhere else.
 [ $$ = 1 ] || { echo "init.sh: this is the guest's process 1" >&2; exit 1; }
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+off() { # containers have no poweroff
+    poweroff -f 2>/dev/null
+    echo o >/proc/sysrq-trigger
+    sleep 10
+    exit 1
+}
 mount -t proc proc /proc
 RELEASE=$(uname -r)
 mount -t tmpfs -o size=75% tmpfs /mnt
 mkdir /mnt/upper /mnt/work /mnt/root
 insmod "$GUEST_MODULES/$RELEASE/kernel/fs/overlayfs/overlay.ko"
 mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work /mnt/root ||
-    exec poweroff -f
-cd /mnt/root || exec poweroff -f
+    off
+cd /mnt/root || off
 mkdir -p .old out scratch lib/modules
 mount -t hostfs -o "$GUEST_RUN" none mnt            # the command comes in here, its status goes out
 mount -t hostfs -o "$GUEST_OUT" none out
@@ -37,8 +43,9 @@ esac
 mount -t ext4 -o noatime /dev/ubda /scratch
 ip link set lo up
 hostname guest
+: >/mnt/started
 bash /mnt/cmd
 echo $? >/mnt/rc
 sync
 umount /scratch
-poweroff -f
+off

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import logging
+import resource
 import socket
 import struct
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -199,8 +200,19 @@ async def test_bad_peers_are_dropped_and_others_go_on(name: str) -> None:
             nursery.start_soon(in_thread, attack, port)
 
 
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """Both ends of a thousand connections; a login shell has 1024 descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 4096:
+        pytest.skip(f"only {hard} open files are allowed here (ulimit -Hn)")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 @pytest.mark.trio
-async def test_a_thousand_idle_connections() -> None:
+async def test_a_thousand_idle_connections(many_descriptors: None) -> None:
     """Most are refused at once, the rest costs little, a session goes on and logins still work."""
     limits = Limits(unauthenticated=100, unauthenticated_per_source=50)
     config = replace(CONFIG, limits=limits)
