@@ -1,8 +1,9 @@
 """The composition root: a `ServeConfig` in, a running daemon out.
 
 Knows every part and is known by none.  A start claims the control socket first, because that is
-quick to refuse, then opens the images one after the other, then the portals; an end goes the other
-way round, each step with a deadline, so that a storage that hangs cannot keep the process alive.
+quick to refuse, then the portals, then opens the images one after the other, then serves; an end
+goes the other way round, each step with a deadline, so that a storage that hangs cannot keep the
+process alive.
 """
 
 from __future__ import annotations
@@ -151,6 +152,7 @@ class _Daemon:
                 starting.cancel_scope.cancel()
 
             starting.start_soon(give_up)
+            await self.iscsi.bind()  # first: to be refused must not change an image
             await self._open_devices()
             self.portals = await nursery.start(self.iscsi.serve)
             await nursery.start(self._serve_control)
@@ -248,9 +250,8 @@ class _Daemon:
         # A replacement that is under way ends here, in one piece or in standby.
         self.control_scope.cancel()
         problems = self._unexecuted()  # a session that ends drops what it has parked
-        if self.portals:
-            with trio.move_on_after(2 * LOGOUT_GRACE):
-                await self.iscsi.shutdown(LOGOUT_GRACE)
+        with trio.move_on_after(2 * LOGOUT_GRACE):
+            await self.iscsi.shutdown(LOGOUT_GRACE)
         with trio.move_on_after(CLOSE_SECONDS) as closing:
             problems += await self.devices.close()
         if closing.cancelled_caught:

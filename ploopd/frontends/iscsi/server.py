@@ -134,6 +134,7 @@ class IscsiServer:
         self._config = config
         self._clock = clock
         self._node = TargetNode(config=config, targets=dict(targets), random=secrets.token_bytes)
+        self._listeners: list[socket.socket] = []
         self._links: dict[Connection, _Link] = {}
         self._dirty: dict[Connection, None] = {}
         self._flusher = _Parked()
@@ -151,6 +152,13 @@ class IscsiServer:
         """All connections, logged in or not."""
         return list(self._links)
 
+    async def bind(self) -> None:
+        """Take the portals' addresses, which `serve` does otherwise; connections wait until then.
+
+        Raises `PloopError` when a portal cannot be bound.
+        """
+        self._listeners = await self._bind_all()
+
     async def serve(
         self, *, task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED
     ) -> None:
@@ -158,7 +166,8 @@ class IscsiServer:
 
         Raises `PloopError` when a portal cannot be bound.
         """
-        listeners = await self._bind_all()
+        listeners = self._listeners or await self._bind_all()
+        self._listeners = []
         try:
             self._node.addresses = [listener.getsockname()[:2] for listener in listeners]
             async with trio.open_nursery() as nursery:
@@ -173,6 +182,8 @@ class IscsiServer:
 
     async def shutdown(self, grace: float) -> None:
         """Stop accepting, ask the initiators to log out, and after `grace` seconds close."""
+        for listener in self._listeners:
+            listener.close()
         if self._listening is not None:
             self._listening.cancel()
         for connection in self.connections:
