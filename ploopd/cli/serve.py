@@ -172,6 +172,8 @@ def serve(
 
 def _run(config: ServeConfig, log_level: str, *, hints: bool) -> None:
     """Run the daemon until it is stopped."""
+    import resource
+
     import trio
 
     from ploopd.daemon import serve_images
@@ -192,6 +194,9 @@ def _run(config: ServeConfig, log_level: str, *, hints: bool) -> None:
         if hints:
             click.echo(usage_hints(exports[0], control_path), err=True)
 
+    # The soft limit protects programs that use select(); chains and sessions need more than 1024.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     log = start_logging(log_level, sys.stderr)
     try:
         trio.run(serve_images, config, announce)
