@@ -114,11 +114,13 @@ class _Daemon:
         )
         self.portals: list[tuple[str, int]] = []
         self.control_scope = trio.CancelScope()
+        self.asking = trio.CancelScope()
         self.stopping = trio.CancelScope(shield=True)
         self.started = trio.current_time()
 
     async def run(self, signals: AsyncIterator[int], ready: Ready) -> None:
-        """Start, wait for a signal, stop.  A second signal ends everything at once."""
+        """Start, wait for a signal, stop.  A second signal ends the sessions without waiting for
+        the initiators, a third one does not wait for the storage either."""
         async with trio.open_nursery() as nursery:
             stop = trio.Event()
             nursery.start_soon(self._watch_signals, signals, stop)
@@ -131,6 +133,8 @@ class _Daemon:
             finally:
                 with self.stopping:
                     problems = await self._stop(stop)
+                if self.stopping.cancelled_caught:
+                    problems = [PloopError("ended by a signal before the images were closed")]
             nursery.cancel_scope.cancel()
         if problems:
             raise problems[0]
@@ -138,8 +142,10 @@ class _Daemon:
     async def _watch_signals(self, signals: AsyncIterator[int], stop: trio.Event) -> None:
         async for number in signals:
             log.info("event=signal name=%s", signal.Signals(number).name)
-            if stop.is_set():
+            if self.asking.cancel_called:
                 self.stopping.cancel()
+            elif stop.is_set():
+                self.asking.cancel()
             stop.set()
 
     async def _start(self, nursery: trio.Nursery, stop: trio.Event) -> bool:
@@ -250,8 +256,11 @@ class _Daemon:
         # A replacement that is under way ends here, in one piece or in standby.
         self.control_scope.cancel()
         problems = self._unexecuted()  # a session that ends drops what it has parked
-        with trio.move_on_after(2 * LOGOUT_GRACE):
+        with self.asking, trio.move_on_after(2 * LOGOUT_GRACE):
             await self.iscsi.shutdown(LOGOUT_GRACE)
+        if self.asking.cancelled_caught:
+            with trio.move_on_after(LOGOUT_GRACE):
+                await self.iscsi.shutdown(0.0)
         with trio.move_on_after(CLOSE_SECONDS) as closing:
             problems += await self.devices.close()
         if closing.cancelled_caught:
