@@ -4,14 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 Layer = tuple[str, Path]
 """QEMU's driver name ("parallels" or "raw") and the file."""
+
+PLOOP = "/usr/sbin/ploop"
+"""libploop's command; users other than root do not have its directory in their PATH."""
+
+PACKAGES = {
+    PLOOP: "ploop",
+    "cc": "gcc",
+    "fio": "fio",
+    "flock": "util-linux",
+    "fusermount3": "fuse3",
+    "iscsi-inq": "libiscsi-bin",
+    "iscsi-ls": "libiscsi-bin",
+    "qemu-img": "qemu-utils",
+    "qemu-io": "qemu-utils",
+    "qemu-storage-daemon": "qemu-system-common",
+    "setpriv": "util-linux",
+    "strace": "strace",
+    "unshare": "util-linux",
+}
+"""The programs that tests start, and their Debian packages."""
 
 
 class OracleError(AssertionError):
@@ -32,6 +55,13 @@ def run(*command: str, accept: tuple[int, ...] = (0,), timeout: float = 120) -> 
 def have(*tools: str) -> list[str]:
     """Those of `tools` that are not installed."""
     return [tool for tool in tools if shutil.which(tool) is None]
+
+
+def require_libploop_locks() -> None:
+    """Skip the test where libploop cannot lock: it wants a directory in /var/lock."""
+    place = Path("/var/lock").resolve()
+    if not os.access(place / "ploop", os.W_OK) and not os.access(place, os.W_OK):
+        pytest.skip(f"libploop locks in {place}/ploop, where this user cannot write")
 
 
 def chain_spec(layers: Sequence[Layer]) -> str:

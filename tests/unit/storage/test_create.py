@@ -25,6 +25,7 @@ from ploopd.errors import (
 )
 from ploopd.fileio.oslayer import RealOs
 from ploopd.storage.create import create_image
+from tests.support import oracles
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
@@ -37,7 +38,8 @@ def qemu_info(path: Path) -> dict[str, Any]:
 
 def ploop(*arguments: str | None) -> str:
     """What Debian's libploop says; it needs neither kernel nor root for this."""
-    command = ["/usr/sbin/ploop", *map(str, arguments)]
+    oracles.require_libploop_locks()
+    command = [oracles.PLOOP, *map(str, arguments)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
