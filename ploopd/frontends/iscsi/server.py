@@ -13,6 +13,7 @@ import logging
 import secrets
 import socket
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import trio
 
@@ -371,7 +372,7 @@ class IscsiServer:
             for connection in dirty:
                 link = self._links.get(connection)
                 if link is not None:
-                    link.flush()
+                    self._guarded(link, link.flush)
                     link.room.wake()
 
     async def _tick(self) -> None:
@@ -381,8 +382,17 @@ class IscsiServer:
             now = self._clock()
             for connection, link in list(self._links.items()):
                 if now >= connection.next_timeout():
-                    connection.on_timeout(now)
-                    link.flush()
+                    self._guarded(link, partial(connection.on_timeout, now))
+                    self._guarded(link, link.flush)
+
+    @staticmethod
+    def _guarded(link: _Link, work: Callable[[], object]) -> None:
+        """Do `work` for a connection outside of its task; a defect in it ends only that one."""
+        try:
+            work()
+        except Exception:
+            logger.exception("connection failed peer=%s:%d", *link.engine.peer)
+            link.scope.cancel()
 
 
 async def _bind(portal: Portal) -> socket.socket:

@@ -20,6 +20,7 @@ from ploopd.errors import ExitCode, PloopError, UsageError
 from ploopd.fileio.buffers import BufferPool
 from ploopd.frontends.iscsi import server as server_module
 from ploopd.frontends.iscsi.config import ChapAccount, ChapConfig, IscsiConfig, Limits, Portal
+from ploopd.frontends.iscsi.connection import Connection
 from ploopd.frontends.iscsi.server import IscsiServer
 from ploopd.scsi.logical_unit import LogicalUnit
 from ploopd.scsi.target import Target
@@ -314,6 +315,42 @@ async def test_a_defect_ends_one_connection_only(
         await in_thread(trigger, port)
         await in_thread(other.read, 0, 8)
         assert len(server.connections) == 1
+        other.close()
+    assert "scripted defect" in caplog.text
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("method", ["data_to_send", "on_timeout"])
+async def test_a_defect_outside_of_the_connections_task_ends_one_connection_only(
+    method: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the task that sends what completions queued, and in the one that looks at the clocks."""
+    monkeypatch.setattr(server_module, "TICK", 0.05)
+    device = MemoryDevice(SIZE, inline=False, completion=Completion.MANUAL)
+    async with serving(device=device) as (server, port):
+        other = await in_thread(logged_in_as, port, 9)
+        assert isinstance(other, Client)
+        (innocent,) = server.connections
+        client = await in_thread(logged_in, port)
+        assert isinstance(client, Client)
+        _, pdu = client.initiator.command(read_16(0, 8), read=4096)
+        client.send(pdu)
+        while not device.outstanding:  # noqa: ASYNC110 - the server is not to know
+            await trio.sleep(0.01)
+        (victim,) = [each for each in server.connections if each is not innocent]
+        real = getattr(Connection, method)
+
+        def poisoned(self: Connection, *arguments: float) -> object:
+            if self is victim:
+                raise ZeroDivisionError("scripted defect")
+            return real(self, *arguments)
+
+        monkeypatch.setattr(Connection, method, poisoned)
+        device.complete()
+        with trio.fail_after(5):
+            await until_left(server, 1)
+        await in_thread(other.nop)
+        client.close()
         other.close()
     assert "scripted defect" in caplog.text
 
