@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from image_format import HEADER_SIZE
 from ploopd.errors import (
     BusyError,
     DeniedError,
@@ -17,6 +18,7 @@ from ploopd.errors import (
 from ploopd.fileio.file import File
 from ploopd.fileio.oslayer import REAL, OsLayer
 from ploopd.storage.delta import Delta
+from ploopd.storage.probe import ImageFormat, probe_format
 from ploopd.storage.stack import inode_number
 
 
@@ -36,15 +38,20 @@ class Candidate:
     inode: tuple[int, int]
 
 
-def inspect(path: str, *, raw: bool, layer: OsLayer = REAL) -> Candidate:
-    """Look at the file; `raw`: take it as a raw image, whatever is in it.
+def inspect(
+    path: str, *, raw: bool, image_format: ImageFormat = ImageFormat.RAW, layer: OsLayer = REAL
+) -> Candidate:
+    """Look at the file; `raw`: it is to be a raw image, which `image_format` AUTO has to agree
+    with, as it will when the file is opened.
 
-    Blocking.  Raises NotFoundError, DeniedError, UnsupportedError (not a regular file),
-    ImageFormatError, or StorageError when the storage does not answer properly.
+    Blocking.  Raises NotFoundError, DeniedError, UnsupportedError (not a regular file), UsageError
+    (not a raw image), ImageFormatError, or StorageError when the storage does not answer properly.
     """
     file = File.open(path, read_only=True, engine=None, layer=layer)
     try:
         size = file.size()
+        if raw and image_format is ImageFormat.AUTO:
+            _require_raw(file.pread(min(HEADER_SIZE, size), 0), path)
         header = None if raw else Delta.read(file, writable=True).header
         inode = inode_number(file)
     finally:
@@ -58,6 +65,11 @@ def inspect(path: str, *, raw: bool, layer: OsLayer = REAL) -> Candidate:
         in_use=header is not None and header.unclean,
         inode=inode,
     )
+
+
+def _require_raw(start: bytes, path: str) -> None:
+    if probe_format(start, path) is not ImageFormat.RAW:
+        raise UsageError("is a ploop image; that of the device is a raw one", path=path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,23 +93,30 @@ def require_fit(candidate: Candidate, wanted: Requirements) -> None:
     path = candidate.path
     if candidate.inode in wanted.lower:
         raise UsageError("is a lower delta of the same chain", path=path)
-    for field, must, found in (
-        ("format version", wanted.format_version, candidate.format_version),
-        ("cluster size", wanted.cluster_size, candidate.cluster_size or wanted.cluster_size),
-        ("disk size", wanted.size, candidate.size),
-    ):
-        if must != found:
-            raise UsageError(
-                f"does not fit the device: its {field} must be {must}",
-                path=path,
-                field=field.replace(" ", "_"),
-                value=found,
-            )
+    _require_equal("format version", wanted.format_version, candidate.format_version, path)
+    cluster_size = candidate.cluster_size or wanted.cluster_size
+    require_geometry(path, (candidate.size, cluster_size), (wanted.size, wanted.cluster_size))
     if candidate.in_use and not wanted.force and candidate.inode != wanted.top:
         raise UncleanImageError(
             "was not closed cleanly, or is in use on another host",
             path=path,
             hint="check it with `ploopctl image check`, or replace with --force",
+        )
+
+
+def require_geometry(path: str, found: tuple[int, int], wanted: tuple[int, int]) -> None:
+    """Raise a UsageError unless disk size and cluster size are those of the device."""
+    _require_equal("cluster size", wanted[1], found[1], path)
+    _require_equal("disk size", wanted[0], found[0], path)
+
+
+def _require_equal(what: str, wanted: int, found: int, path: str) -> None:
+    if wanted != found:
+        raise UsageError(
+            f"does not fit the device: its {what} must be {wanted}",
+            path=path,
+            field=what.replace(" ", "_"),
+            value=found,
         )
 
 

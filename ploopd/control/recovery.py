@@ -24,6 +24,7 @@ from ploopd.control.candidate import (
     inspect,
     is_conclusive,
     require_fit,
+    require_geometry,
     require_quiet,
 )
 from ploopd.devices import Device, OpenedVolume
@@ -32,6 +33,7 @@ from ploopd.errors import BusyError, ExitCode, PloopError
 from ploopd.gate.events import EventKind
 from ploopd.gate.state import GateState
 from ploopd.storage.identity import keep_identity
+from ploopd.storage.probe import ImageFormat
 from ploopd.storage.volume import Volume
 
 
@@ -181,6 +183,9 @@ class _Replacement:
         device = self.device
         await self._drain_and_close()
         opened = self.opened = await self._open()
+        volume, gate = opened.volume, device.gate  # the file may be another one than was looked at
+        geometry = (gate.size, gate.cluster_size)
+        require_geometry(self.image, (volume.size, volume.cluster_size), geometry)
         await device.start_volume(opened.volume)
         self._did(Step.OPEN, "; ".join(opened.volume.notes))
         await self._replay(opened.volume)
@@ -271,8 +276,15 @@ class _Replacement:
         """Read the image's header and compare it with the device."""
         device = self.device
         volume = device.volume
+        looking = partial(
+            inspect,
+            self.image,
+            raw=volume.format_version == 0,
+            image_format=ImageFormat.RAW if device.has_descriptor else device.options.open.format,
+            layer=device.env.layer,
+        )
         candidate = await disownable(
-            partial(inspect, self.image, raw=volume.format_version == 0, layer=device.env.layer),
+            looking,
             deadline=self.deadlines.check,
             what=f"looking at {self.image}",
             undo=lambda _: None,

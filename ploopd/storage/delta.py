@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Callable
 from typing import Final
 
@@ -85,7 +86,9 @@ class Delta:
         while done < len(view):
             got = self.file.pread_into(view[done : done + _READ_CHUNK], HEADER_SIZE + done)
             if got == 0:
-                raise StorageError(5, "read", path=self.file.path, offset=HEADER_SIZE + done)
+                raise StorageError(
+                    errno.EIO, "read", path=self.file.path, offset=HEADER_SIZE + done
+                )
             done += got
         try:
             indexes = bat_format.decode(view, header, file=self.file.path)

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -20,7 +21,7 @@ from ploopd.control.recovery import (
     leave_standby,
     replace,
 )
-from ploopd.devices import Device, DeviceOptions
+from ploopd.devices import Device, DeviceOptions, OpenedVolume
 from ploopd.errors import (
     BusyError,
     CorruptImageError,
@@ -611,3 +612,42 @@ async def test_the_first_answer_comes_soon_after_the_replace(
         await call(device, "flush")
         assert len(answered) == 10_000
         assert answered[0] - released[0] < 1.0  # 100 ms on an idle machine
+
+
+@pytest.mark.trio
+async def test_a_raw_disk_is_not_replaced_by_a_delta_as_large_as_it(tmp_path: Path) -> None:
+    """As a raw file it would fit; opened, it would be another disk."""
+    raw, delta = tmp_path / "disk.raw", image(tmp_path, "other.hds")
+    raw.write_bytes(b"r" * SIZE)
+    os.truncate(delta, SIZE)
+    before = delta.read_bytes()
+    async with serving() as served:
+        device = await served.add(raw)
+        with pytest.raises(PloopError, match="ploop image"):
+            await replace(device, str(delta), deadlines=SHORT)
+        assert device.gate.state is GateState.ACTIVE
+        assert await read(device, 0, 512) == b"r" * 512
+    assert delta.read_bytes() == before
+
+
+@pytest.mark.trio
+async def test_a_disk_that_changes_after_it_was_looked_at_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = image(tmp_path)
+    other, larger = image(tmp_path, "other.hds"), image(tmp_path, "larger.hds", size=2 * SIZE)
+    async with serving() as served:
+        device = await served.add(path)
+        open_volume = device.open_volume
+
+        async def changed(*arguments: Any) -> OpenedVolume:
+            os.replace(larger, other)
+            return await open_volume(*arguments)
+
+        monkeypatch.setattr(device, "open_volume", changed)
+        with pytest.raises(PloopError, match="disk size"):
+            await replace(device, str(other), deadlines=SHORT)
+        assert device.gate.state is GateState.STANDBY
+        monkeypatch.undo()
+        await replace(device, str(path), deadlines=SHORT)
+    assert other.read_bytes()[44:48] == bytes(4)
