@@ -25,6 +25,8 @@ class SlowFs:
         self._process: subprocess.Popen[bytes] | None = None
 
     def _build(self) -> None:
+        if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+            raise SlowFsMissingError("no FUSE here: /dev/fuse is needed")
         flags = ["pkg-config", "--cflags", "--libs", "fuse3"]
         try:
             found = subprocess.run(flags, capture_output=True, text=True, check=True).stdout
