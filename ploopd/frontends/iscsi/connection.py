@@ -145,6 +145,12 @@ class Connection:
         """Close the socket: now if `aborted`, else when `data_to_send` is empty."""
         return self._flow.close_reason is not None
 
+    @property
+    def expects_completions(self) -> bool:
+        """Whether commands are at the device, so that output may come without input."""
+        nexus = None if self._session is None else self._session.nexus
+        return nexus is not None and bool(nexus.tasks)
+
     def receive_buffer(self) -> memoryview:
         """Where received bytes go; empty while `paused` with a full buffer."""
         return self._receiver.space()

@@ -12,6 +12,7 @@ import errno
 import logging
 import secrets
 import socket
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -20,6 +21,7 @@ import trio
 from ploopd.errors import ExitCode, PloopError, UsageError
 from ploopd.frontends.iscsi.config import IscsiConfig, Portal, format_address
 from ploopd.frontends.iscsi.connection import Connection, TargetNode
+from ploopd.frontends.iscsi.polling import WINDOW, AdaptivePoll
 from ploopd.scsi.target import Target
 
 logger = logging.getLogger(__name__)
@@ -27,9 +29,6 @@ logger = logging.getLogger(__name__)
 BACKLOG = 256
 ROUNDS = 32
 """Batches handled in a row before other tasks get their turn."""
-MISSES = 4
-"""Receive calls that found nothing, until it is waited for readiness first: an initiator with one
-command at a time never has the next one ready."""
 TICK = 1.0
 RESOURCE_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 RESOURCE_PAUSE = 0.1
@@ -320,21 +319,23 @@ class IscsiServer:
         """The reader: everything that arrived, as one batch, answered at once."""
         engine, sock, clock = link.engine, link.sock, self._clock
         recv_into, flush = sock.recv_into, link.flush
-        rounds = misses = 0
+        poll = AdaptivePoll()
+        rounds = 0
         while True:
             space = engine.receive_buffer()
             if engine.paused or not space:
                 await link.room.sleep()
                 continue
-            if misses >= MISSES:
-                await trio.lowlevel.wait_readable(sock)
             try:
-                count = recv_into(space)
-            except BlockingIOError:
-                await trio.lowlevel.wait_readable(sock)
-                misses += 1
-                rounds = 0
-                continue
+                try:
+                    count = recv_into(space)
+                except BlockingIOError:
+                    found = self._poll(link, poll, space)
+                    if found is None:
+                        await trio.lowlevel.wait_readable(sock)
+                        rounds = 0
+                        continue
+                    count = found
             except OSError as error:
                 engine.lost(f"receive failed: {error.strerror}")
                 return
@@ -345,8 +346,28 @@ class IscsiServer:
             flush()
             rounds += 1
             if rounds >= ROUNDS or engine.wants_close:
-                rounds = misses = 0
+                rounds = 0
                 await trio.lowlevel.checkpoint()
+
+    def _poll(self, link: _Link, poll: AdaptivePoll, space: memoryview) -> int | None:
+        """Try to receive for a moment; None: there is nothing, sleep.
+
+        Only where nobody else can be waiting for the loop: a single connection, and no command of
+        it at the device.  Raises `OSError` as recv(2).
+        """
+        if len(self._links) > 1 or link.engine.expects_completions or not poll.wanted():
+            return None
+        recv_into = link.sock.recv_into
+        end = time.perf_counter() + WINDOW
+        while time.perf_counter() < end:
+            try:
+                count = recv_into(space)
+            except BlockingIOError:
+                continue
+            poll.ended(True)
+            return count
+        poll.ended(False)
+        return None
 
     async def _write(self, link: _Link) -> None:
         """The writer: asleep unless the kernel refused output."""
