@@ -1,13 +1,32 @@
-"""A program that is not installed is said so, by a skipped test, and is no failure of ploopd."""
+"""What a machine does not have must not look like a failure of ploopd.
+
+A program that is not installed skips the test that needs it; a long TMPDIR is not used.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 
 from tests.support.oracles import PACKAGES
+
+LONGEST_TEMPORARY = 16
+"""A Unix socket's path has 107 bytes at most; pytest's part, with the user's name, is up to 90."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    place = tempfile.gettempdir()
+    if len(place) > LONGEST_TEMPORARY:
+        os.environ["TMPDIR"] = "/tmp"
+        tempfile.tempdir = None
+
+
+def pytest_report_header() -> str:
+    return f"temporary files: {tempfile.gettempdir()}"
 
 
 @pytest.hookimpl(wrapper=True)
