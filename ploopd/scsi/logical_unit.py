@@ -244,15 +244,16 @@ class LogicalUnit:
         task.state = TaskState.RUNNING
         self.tasks.start(task, self._run)
 
-    def start_read(self, task: Task, offset: int, length: int) -> None:
-        """Run a plain READ of the range at once; see `ItlNexus.start_read`."""
+    def start(self, task: Task, offset: int, length: int) -> None:
+        """Run a plain READ or WRITE of the range at once; see `ItlNexus.start`."""
         if len(self.tasks) >= QUEUE_LIMIT:
             if task.nexus is not None:
                 task.nexus.forget(task)
             task.finish(Status.TASK_SET_FULL)
             return
-        task.command = self.commands.find(task.cdb)
-        task.direction = Direction.TO_INITIATOR
+        task.command = command = self.commands.find(task.cdb)
+        task.direction = command.direction
+        task.data_out_length = len(task.data_out)
         task.range_start = offset
         task.range_end = offset + length
         task.state = TaskState.RUNNING

@@ -176,14 +176,15 @@ class ItlNexus:
         stats.read_bytes += len(view)
         return True
 
-    def start_read(self, task: Task, offset: int, length: int) -> None:
-        """Run `task`, a READ of the range that `read_range` gave and that `try_read` declined.
+    def start(self, task: Task, offset: int, length: int) -> None:
+        """Run `task`, a READ or WRITE of the range that `read_range` or `write_range` gave and that
+        `try_read` or `try_write` declined; a WRITE has all its `data_out`.
 
         It may run without being prepared: all that `Nexus.prepare` checks is known to be right,
         except that the task set may be full.
         """
         self.nexus.begin(task, self)
-        self.unit.start_read(task, offset, length)
+        self.unit.start(task, offset, length)
 
     def try_write(self, offset: int, view: memoryview) -> bool:
         """Write `view` now, or say False: then the command takes the long way.

@@ -63,29 +63,35 @@ class Commands:
                 self._break_streams(command.lun)
             self._start_task(command, request.data)
 
-    def start_read(
-        self, itl: ItlNexus, offset: int, cdb: bytes, lun: int, flags: int, tag: int, expected: int
+    def start_plain(
+        self, itl: ItlNexus, offset: int, command: Command, data: memoryview | None = None
     ) -> bool:
-        """A plain READ that cannot complete at once, without the general way's questions: the fast
-        path has asked them.  False, and nothing has happened: it must go that way after all.
+        """A plain READ or WRITE that cannot complete at once, without the general way's questions:
+        the fast path has asked them.  `data` is copied.  False, and nothing has happened: it must
+        go that way after all.
         """
         flow = self._flow
-        command = Command(tag, lun, flags, expected, cdb)
-        if not flow.budget.try_reserve(command, expected):
+        length = command.expected
+        if not flow.budget.try_reserve(command, length):
             return False
         command.task = task = Task(
-            tag=tag,
-            lun=lun,
-            cdb=cdb,
+            tag=command.tag,
+            lun=command.lun,
+            cdb=command.cdb,
             attribute=command.attribute,
             on_complete=self._completed,
             on_aborted=self._aborted,
             transport=command,
-            expected_out=0,
+            expected_out=0 if data is None else length,
         )
-        flow.commands[tag] = command
+        if data is not None:
+            command.wanted = command.received = length
+            command.buffer = flow.buffers.take(length)
+            task.data_out = command.buffer.view
+            task.data_out[:] = data
+        flow.commands[command.tag] = command
         flow.tx.exp_cmd_sn = (flow.tx.exp_cmd_sn + 1) & SERIAL_MASK
-        itl.start_read(task, offset, expected)
+        itl.start(task, offset, length)
         return True
 
     def _unacceptable(self, request: Request) -> RejectReason | None:

@@ -8,6 +8,7 @@ completed at once, ends the loop without having had an effect; the general path 
 
 from __future__ import annotations
 
+from ploopd.frontends.iscsi.command import Command
 from ploopd.frontends.iscsi.commands import Commands
 from ploopd.frontends.iscsi.flow import Flow
 from ploopd.frontends.iscsi.pdu import REQUEST, RESERVED_TAG, RESPONSE, SERIAL_MASK
@@ -73,8 +74,11 @@ class FastPath:
             elif plain == _WRITE and lengths == expected:
                 start = position + 48
                 end = start + expected
-                if end > fill or not self._write(
-                    itl, buffer[position + 32 : start], buffer[start:end], tag, expected
+                if end > fill:
+                    break
+                cdb, data = buffer[position + 32 : start], buffer[start:end]
+                if not self._write(itl, cdb, data, tag, expected) and not self._write_later(
+                    itl, cdb, data, lun, flags, tag
                 ):
                     break
             else:
@@ -129,7 +133,20 @@ class FastPath:
             return False
         if self._flow.tx.exp_cmd_sn == self._flow.tx.max_cmd_sn:
             return False  # it closes the command window, which `run` looks at when it begins
-        return self._commands.start_read(itl, extent[0], bytes(cdb), lun, flags, tag, expected)
+        command = Command(tag, lun, flags, expected, bytes(cdb))
+        return self._commands.start_plain(itl, extent[0], command)
+
+    def _write_later(
+        self, itl: ItlNexus, cdb: memoryview, data: memoryview, lun: int, flags: int, tag: int
+    ) -> bool:
+        """The same for a plain WRITE with all its data."""
+        extent = itl.write_range(cdb)
+        if extent is None or extent[1] != len(data) or len(data) > self._immediate_limit:
+            return False
+        if self._flow.tx.exp_cmd_sn == self._flow.tx.max_cmd_sn:
+            return False
+        command = Command(tag, lun, flags, len(data), bytes(cdb))
+        return self._commands.start_plain(itl, extent[0], command, data)
 
     def _long_read(self, itl: ItlNexus, offset: int, tag: int, expected: int) -> bool:
         """A READ that takes several Data-In PDUs, still straight into the arena."""

@@ -248,7 +248,7 @@ def waiting_read(host: Initiator, tag: int, lba: int) -> Task:
         on_complete=host.finished.append,
         on_aborted=host.aborted.append,
     )
-    itl.start_read(task, lba * BLOCK, BLOCK)
+    itl.start(task, lba * BLOCK, BLOCK)
     return task
 
 
@@ -267,6 +267,21 @@ def test_a_declined_read_runs_as_a_task_without_being_prepared() -> None:
     assert (task.status, len(task.data_in)) == (0, BLOCK)
     assert 77 not in host.nexus.tasks
     task.release()
+
+
+def test_a_declined_write_runs_with_its_data() -> None:
+    bench = make_bench(completion=Completion.MANUAL)
+    host = bench.login()
+    itl = host.nexus.itl(0)
+    assert itl is not None
+    data = pattern(2 * BLOCK, 9)
+    task = Task(tag=81, lun=0, cdb=cdb10(0x2A, 5, 2), on_complete=host.finished.append)
+    task.data_out = memoryview(bytearray(data))
+    itl.start(task, 5 * BLOCK, 2 * BLOCK)
+    bench.device.complete()
+    assert host.finished[-1] is task
+    assert (task.status, task.data_out_length) == (0, 2 * BLOCK)
+    assert bytes(bench.device.data[5 * BLOCK : 7 * BLOCK]) == data
 
 
 def test_a_declined_read_can_be_aborted() -> None:
