@@ -30,8 +30,9 @@ SIZE = 64 * MIB
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Iterator[FaultFs]:
-    if not Path("/dev/fuse").exists() or oracles.have("fusermount3"):
-        pytest.skip("no FUSE here: apt-get install fuse3, and /dev/fuse is needed")
+    missing = oracles.missing_for_fuse()
+    if missing is not None:
+        pytest.skip(missing)
     source = tmp_path / "source"
     source.mkdir()
     with FaultFs(source, tmp_path / "mount") as fs:

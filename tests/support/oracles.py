@@ -57,6 +57,17 @@ def have(*tools: str) -> list[str]:
     return [tool for tool in tools if shutil.which(tool) is None]
 
 
+def missing_for_fuse() -> str | None:
+    """What keeps this user from mounting FUSE file systems and unmounting them again."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "no FUSE here: /dev/fuse is needed"
+    if shutil.which("fusermount3") is None:
+        return "fusermount3 is not installed: apt-get install fuse3"
+    if os.geteuid() != 0 and not Path("/etc/mtab").exists():
+        return "fusermount3 does not unmount without /etc/mtab: ln -s ../proc/self/mounts /etc/mtab"
+    return None
+
+
 def require_libploop_locks() -> None:
     """Skip the test where libploop cannot lock: it wants a directory in /var/lock."""
     place = Path("/var/lock").resolve()

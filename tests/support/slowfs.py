@@ -9,6 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.support import oracles
+
 
 class SlowFsMissingError(Exception):
     """slowfs cannot be built here; the text says what is missing."""
@@ -25,8 +27,9 @@ class SlowFs:
         self._process: subprocess.Popen[bytes] | None = None
 
     def _build(self) -> None:
-        if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-            raise SlowFsMissingError("no FUSE here: /dev/fuse is needed")
+        missing = oracles.missing_for_fuse()
+        if missing is not None:
+            raise SlowFsMissingError(missing)
         flags = ["pkg-config", "--cflags", "--libs", "fuse3"]
         try:
             found = subprocess.run(flags, capture_output=True, text=True, check=True).stdout
