@@ -13,7 +13,7 @@ from ploopd.frontends.iscsi.commands import Commands
 from ploopd.frontends.iscsi.flow import Flow
 from ploopd.frontends.iscsi.pdu import REQUEST, RESERVED_TAG, RESPONSE, SERIAL_MASK
 from ploopd.frontends.iscsi.receive import Receiver
-from ploopd.frontends.iscsi.transmit import data_in_space
+from ploopd.frontends.iscsi.transmit import Transmitter, data_in_space
 from ploopd.scsi.nexus import ItlNexus, Nexus
 
 _COMMAND = 0x01  # a SCSI Command that is not for immediate delivery
@@ -24,6 +24,9 @@ _GOOD_DATA_IN = 0x81  # final, status included
 _DATA_IN = 0x25
 _RESPONSE = 0x21
 _FINAL = 0x80
+
+BURST = 16
+"""READs answered before what is there is sent: the initiator works on it meanwhile."""
 
 _unpack = REQUEST.unpack_from
 _pack = RESPONSE.pack_into
@@ -43,15 +46,19 @@ class FastPath:
         self._immediate_limit = parameters.first_burst if parameters.immediate_data else -1
 
     def run(self) -> bool:
-        """Handle what is plain.  True if it stopped because the output arena is full."""
-        tx, receiver = self._flow.tx, self._receiver
-        commands, find_itl = self._flow.commands, self._nexus.itl
+        """Handle what is plain.  True if it stopped because output should leave first."""
+        tx = self._flow.tx
+        if (tx.max_cmd_sn - tx.exp_cmd_sn) & SERIAL_MASK == SERIAL_MASK:
+            return False  # the command window is closed, and what is done here does not open it
+        return self._run(tx)
+
+    def _run(self, tx: Transmitter) -> bool:
+        receiver, commands, find_itl = self._receiver, self._flow.commands, self._nexus.itl
         buffer, position, fill = receiver.buffer, receiver.position, receiver.fill
         known_lun = -1
         itl: ItlNexus | None = None
         full = False
-        if (tx.max_cmd_sn - tx.exp_cmd_sn) & SERIAL_MASK == SERIAL_MASK:
-            return False  # the command window is closed, and what is done here does not open it
+        left = BURST
         while fill - position >= 48:
             opcode, flags, _, lengths, lun, tag, expected, cmd_sn, _ = _unpack(buffer, position)
             if opcode != _COMMAND or cmd_sn != tx.exp_cmd_sn or tag in commands:
@@ -61,15 +68,15 @@ class FastPath:
             if itl is None or tag == RESERVED_TAG:
                 break
             plain = flags & _ATTRIBUTE_BIT
-            if tx.op + 48 + (expected if plain == _READ else 0) > tx.size:
+            if not left or tx.op + 48 + (expected if plain == _READ else 0) > tx.size:
                 full = tx.pending > 0
                 break
             if plain == _READ and lengths == 0:
                 end = position + 48
                 cdb = buffer[position + 32 : end]
-                if not self._read(itl, cdb, tag, expected) and not self._read_later(
-                    itl, cdb, lun, flags, tag, expected
-                ):
+                if self._read(itl, cdb, tag, expected):
+                    left -= 1
+                elif not self._read_later(itl, cdb, lun, flags, tag, expected):
                     break
             elif plain == _WRITE and lengths == expected:
                 start = position + 48

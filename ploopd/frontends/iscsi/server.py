@@ -27,7 +27,7 @@ from ploopd.scsi.target import Target
 logger = logging.getLogger(__name__)
 
 BACKLOG = 256
-ROUNDS = 32
+ROUNDS = 64
 """Batches handled in a row before other tasks get their turn."""
 TICK = 1.0
 RESOURCE_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
