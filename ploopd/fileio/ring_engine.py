@@ -14,6 +14,7 @@ import trio
 
 from ploopd.fileio.buffers import Buffer, BufferPool
 from ploopd.fileio.completions import Callback, Completions
+from ploopd.fileio.polling import WINDOW, AdaptivePoll
 from ploopd.fileio.stall_watch import Operation, StallWatch, file_of
 from ploopd.fileio.thread_engine import ThreadEngine
 from ploopd.fileio.uring import ASYNC, CANCEL_ALL_OF_FD, FSYNC_DATASYNC, Entry, Opcode, Ring
@@ -26,6 +27,7 @@ _EAGER = 8
 """Queued operations that are submitted without waiting for the end of the batch: the disk works
 while the rest of the batch is being prepared."""
 
+_FEW = 4
 _MAX_ROUNDS = 8
 _RETRY = 0.01
 
@@ -59,6 +61,7 @@ class RingEngine:
         self._stalling: set[int] = set()
         self._watch = StallWatch(self._operations, self._submit_control, self._threads)
         self._tag = 0
+        self._patience = AdaptivePoll()
         self._pumping = False
         self._closed = False
 
@@ -183,9 +186,12 @@ class RingEngine:
             return
         self._pumping = True
         try:
+            delivered = False
             for _ in range(_MAX_ROUNDS):
                 self._submit()
-                if not self._deliver():
+                if self._deliver():
+                    delivered = True
+                elif delivered or not self._poll():
                     break
             if self._watch.due:
                 self._watch.begin()
@@ -209,6 +215,22 @@ class RingEngine:
                 if error.errno in (errno.EAGAIN, errno.EBUSY):
                     return  # `run` tries again
                 raise
+
+    def _poll(self) -> bool:
+        """Look for a completion for a moment, where that pays; False: there is none.
+
+        With many operations under way their completions come in groups, which are cheaper.
+        """
+        if not 0 < len(self._operations) <= _FEW or self._closed or not self._patience.wanted():
+            return False
+        ready, now = self._ring.ready, time.perf_counter
+        end = now() + WINDOW
+        while not ready():
+            if now() > end:
+                self._patience.ended(False)
+                return False
+        self._patience.ended(True)
+        return True
 
     def _deliver(self) -> bool:
         """Call back what has completed; False if there was nothing."""

@@ -19,9 +19,9 @@ from functools import partial
 import trio
 
 from ploopd.errors import ExitCode, PloopError, UsageError
+from ploopd.fileio.polling import WINDOW, AdaptivePoll
 from ploopd.frontends.iscsi.config import IscsiConfig, Portal, format_address
 from ploopd.frontends.iscsi.connection import Connection, TargetNode
-from ploopd.frontends.iscsi.polling import WINDOW, AdaptivePoll
 from ploopd.scsi.target import Target
 
 logger = logging.getLogger(__name__)

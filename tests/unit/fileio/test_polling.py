@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ploopd.frontends.iscsi.polling import MOST_SKIPPED, AdaptivePoll
+from ploopd.fileio.polling import MOST_SKIPPED, AdaptivePoll
 
 
 def waits_until_wanted(poll: AdaptivePoll) -> int:
