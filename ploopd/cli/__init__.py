@@ -1,1 +1,1 @@
-"""."""
+"""The command lines `ploopd` and `ploopctl`: one module per noun."""

@@ -1,1 +1,1 @@
-"""."""
+"""The standby gate: a pure state machine and the block device in front of every volume."""

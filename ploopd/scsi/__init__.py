@@ -1,1 +1,1 @@
-"""."""
+"""SCSI: logical units, nexuses and commands.  No I/O."""

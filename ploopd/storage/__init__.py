@@ -1,1 +1,1 @@
-"""."""
+"""Images as block devices, and offline work on them."""

@@ -1,1 +1,1 @@
-"""."""
+"""The command table and the handlers it names."""
