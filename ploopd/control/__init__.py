@@ -1,1 +1,1 @@
-"""The control socket: messages, protocol, client, server, handlers, and replacing a device's storage."""
+"""The control socket: messages, protocol, client, server, handlers; and replacing storage."""
