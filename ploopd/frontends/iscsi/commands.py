@@ -72,18 +72,11 @@ class Commands:
         """
         flow = self._flow
         length = command.expected
+        if flow.tx.exp_cmd_sn == flow.tx.max_cmd_sn:
+            return False  # it closes the command window, which the fast path looks at as it begins
         if not flow.budget.try_reserve(command, length):
             return False
-        command.task = task = Task(
-            tag=command.tag,
-            lun=command.lun,
-            cdb=command.cdb,
-            attribute=command.attribute,
-            on_complete=self._completed,
-            on_aborted=self._aborted,
-            transport=command,
-            expected_out=0 if data is None else length,
-        )
+        task = self._make_task(command, command.cdb, 0 if data is None else length)
         if data is not None:
             command.wanted = command.received = length
             command.buffer = flow.buffers.take(length)
@@ -165,6 +158,9 @@ class Commands:
 
     def _prepare(self, command: Command, cdb: bytes, expected_out: int) -> bool:
         """Make the command's task and check it; False if it has ended by that."""
+        return self._nexus.prepare(self._make_task(command, cdb, expected_out))
+
+    def _make_task(self, command: Command, cdb: bytes, expected_out: int) -> Task:
         command.task = task = Task(
             tag=command.tag,
             lun=command.lun,
@@ -175,7 +171,7 @@ class Commands:
             transport=command,
             expected_out=expected_out,
         )
-        return self._nexus.prepare(task)
+        return task
 
     def _take_buffer(self, command: Command) -> bool:
         """Memory for the data of a task; False if the command ended because there is none."""

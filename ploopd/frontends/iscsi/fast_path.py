@@ -138,8 +138,6 @@ class FastPath:
         extent = itl.read_range(cdb)
         if extent is None or extent[1] != expected:
             return False
-        if self._flow.tx.exp_cmd_sn == self._flow.tx.max_cmd_sn:
-            return False  # it closes the command window, which `run` looks at when it begins
         command = Command(tag, lun, flags, expected, bytes(cdb))
         return self._commands.start_plain(itl, extent[0], command)
 
@@ -149,8 +147,6 @@ class FastPath:
         """The same for a plain WRITE with all its data."""
         extent = itl.write_range(cdb)
         if extent is None or extent[1] != len(data) or len(data) > self._immediate_limit:
-            return False
-        if self._flow.tx.exp_cmd_sn == self._flow.tx.max_cmd_sn:
             return False
         command = Command(tag, lun, flags, len(data), bytes(cdb))
         return self._commands.start_plain(itl, extent[0], command, data)
