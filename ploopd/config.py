@@ -1,6 +1,6 @@
 """What a daemon is told to do: plain values, checked, whoever writes them.
 
-The command line builds a `ServeConfig` today; a file of the same fields can build it as well.
+The command line of `ploopd serve` builds a `ServeConfig`, and so do the files of `ploopd run`.
 Secrets are read from files that only their owner can read, never from arguments.
 """
 
@@ -29,8 +29,11 @@ from ploopd.frontends.iscsi.config import (
 
 IQN_PREFIX = "iqn.2026-11.org.ploopd"
 DEFAULT_PARK_MAX = 20.0
+DEFAULT_JOURNAL_SIZE = 64 << 20
+MIN_JOURNAL_SIZE = 1 << 20
 _MAX_CHAP_FILE = 1 << 16
 _CHAP_MD5 = 5
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _PORTAL = re.compile(
     r"(?:\[(?P<v6>[0-9A-Za-z:.%]+)\]|(?P<host>[^:\[\]\s]+))(?::(?P<port>\d{1,5}))?"
 )
@@ -43,34 +46,105 @@ class ConfigError(PloopError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServeConfig:
-    """Everything that `ploopd serve` needs.
+class DeviceConfig:
+    """How one image is served.
 
-    `images`: paths, LUN 0 first.  `control` None is the default path.  `cache` and `io` are the
-    policy of every file.  `physical_block_size`: bytes, what initiators are told.  `park_max`:
-    seconds, None is for ever.  `image_root`: where the deltas of a descriptor may lie, None is the
-    descriptor's own directory.
+    `name`: None makes one from the file name.  `physical_block_size`: bytes, what initiators are
+    told.  `cache` and `io`: the policy of its files.  `park_max`: seconds, None is for ever.
+    `extra_standby_errnos`: numbers that put it into standby beside EBUSY, ENOTCONN and EIO.
+    `image_root`: where the deltas of a descriptor may lie, None is the descriptor's own directory.
+    `journal`: whether writes that were acknowledged and not yet flushed are kept, `journal_size`
+    bytes at most.  `recovery`: who ends a standby; `candidates` are the other files that `reopen`
+    may use, `recovery_command` is what `command` runs (a program and its arguments).
     """
 
-    images: tuple[str, ...]
-    iscsi: IscsiConfig
+    image: str
+    name: str | None = None
     read_only: bool = False
-    control: Path | None = None
     write_cache: bool = True
     physical_block_size: Literal[512, 4096] = 4096
     standby: bool = True
     cache: Literal["writeback", "none"] = "writeback"
     io: Literal["auto", "inline", "io_uring", "threads"] = "auto"
     park_max: float | None = DEFAULT_PARK_MAX
+    extra_standby_errnos: tuple[int, ...] = ()
     image_root: Path | None = None
+    journal: Literal["auto", "on", "off"] = "auto"
+    journal_size: int = DEFAULT_JOURNAL_SIZE
+    recovery: Literal["manual", "reopen", "command"] = "manual"
+    candidates: tuple[str, ...] = ()
+    recovery_command: tuple[str, ...] | None = None
 
     def check(self) -> None:
         """Raises a `PloopError` for values that are wrong or make no sense together."""
-        if not self.images:
-            raise UsageError("no image is named")
-        self.iscsi.check()
+        if self.name is not None and _NAME.fullmatch(self.name) is None:
+            raise UsageError(
+                "a device's name has letters, digits, dots, dashes and underscores, 64 at most",
+                field="name",
+                value=self.name,
+            )
         if self.image_root is not None and not self.image_root.is_dir():
             raise NotFoundError("is not a directory", path=self.image_root, hint="see --image-root")
+        if self.journal_size < MIN_JOURNAL_SIZE:
+            raise UsageError(
+                f"must be at least {MIN_JOURNAL_SIZE} bytes",
+                field="journal_size",
+                value=self.journal_size,
+            )
+        self._check_recovery()
+
+    def _check_recovery(self) -> None:
+        if (self.recovery == "command") != bool(self.recovery_command):
+            raise UsageError(
+                "recovery = command and a recovery command go together",
+                field="recovery",
+                value=self.recovery,
+                hint="name the program that the device's hook is, or another way of recovery",
+            )
+        if self.candidates and self.recovery != "reopen":
+            raise UsageError(
+                "candidates are for recovery = reopen", field="recovery", value=self.recovery
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Everything that a daemon needs.
+
+    `devices`: LUN 0 first.  `control`: path of the control socket, None is the default.  `sysfs`:
+    where the FUSE view is mounted, None is nowhere.
+    """
+
+    devices: tuple[DeviceConfig, ...]
+    iscsi: IscsiConfig
+    control: Path | None = None
+    sysfs: Path | None = None
+
+    def check(self) -> None:
+        """Raises a `PloopError` for values that are wrong or make no sense together."""
+        if not self.devices:
+            raise UsageError("no image is named")
+        self.iscsi.check()
+        names: set[str] = set()
+        for device in self.devices:
+            device.check()
+            if device.name is not None and device.name in names:
+                raise UsageError("two devices have that name", field="name", value=device.name)
+            names.add(device.name or "")
+        engines = {device.io for device in self.devices} & {"io_uring", "threads"}
+        if len(engines) > 1:
+            raise UsageError(
+                "the daemon has one I/O engine: io_uring and threads do not go together",
+                field="io",
+                value=sorted(engines),
+                hint="leave io = auto where it does not matter",
+            )
+
+    @property
+    def engine(self) -> str:
+        """The I/O engine that the devices ask for: `io_uring`, `threads` or `auto`."""
+        named = {device.io for device in self.devices} & {"io_uring", "threads"}
+        return named.pop() if named else "auto"
 
 
 def default_iqn() -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +18,26 @@ from pathlib import Path
 import trio
 
 from ploopd import __version__
-from ploopd.config import ServeConfig
+from ploopd.config import DeviceConfig, ServeConfig
 from ploopd.control import messages
 from ploopd.control.context import ControlContext
 from ploopd.control.handlers import all_operations
 from ploopd.control.interface import SERVICE_INTERFACE
 from ploopd.control.listener import ControlSocket, claim_control_socket
 from ploopd.control.server import ControlServer
-from ploopd.devices import DeviceOptions, DeviceTable, Environment
+from ploopd.devices import (
+    DeviceOptions,
+    DeviceTable,
+    Environment,
+    device_name,
+    unique_name,
+)
 from ploopd.errors import ExitCode, PloopError
 from ploopd.fileio.engine import IoEngine, make_engine
 from ploopd.fileio.policy import CacheMode
 from ploopd.frontends.iscsi.config import format_address
 from ploopd.frontends.iscsi.server import IscsiServer
+from ploopd.gate.filter import STANDBY_ERRNOS
 from ploopd.gate.limits import ParkLimits
 from ploopd.gate.state import GateState
 from ploopd.scsi.target import Target
@@ -84,7 +91,7 @@ async def serve_images(config: ServeConfig, ready: Ready) -> None:
 @asynccontextmanager
 async def _running_engine(config: ServeConfig) -> AsyncIterator[IoEngine]:
     """The I/O engine with its task; the last thing to end, because closing needs it."""
-    engine = make_engine("auto" if config.io == "inline" else config.io)
+    engine = make_engine(config.engine)
     log.info("event=io-engine kind=%s", engine.kind)
     try:
         async with trio.open_nursery() as nursery:
@@ -95,6 +102,34 @@ async def _running_engine(config: ServeConfig) -> AsyncIterator[IoEngine]:
                 nursery.cancel_scope.cancel()
     finally:
         engine.close()
+
+
+def device_options(config: DeviceConfig) -> DeviceOptions:
+    """What a device needs of its configuration."""
+    return DeviceOptions(
+        open=OpenOptions(
+            read_only=config.read_only,
+            cache=CacheMode(config.cache),
+            io=config.io,
+            image_root=config.image_root,
+        ),
+        write_cache=config.write_cache,
+        physical_block_size=config.physical_block_size,
+        standby=config.standby,
+        limits=ParkLimits(park_max=config.park_max),
+        standby_errnos=STANDBY_ERRNOS | set(config.extra_standby_errnos),
+    )
+
+
+def device_names(configs: Sequence[DeviceConfig]) -> list[str]:
+    """The configured name of each device, or one made from the file that no other device has."""
+    taken = {config.name for config in configs if config.name is not None}
+    names = []
+    for config in configs:
+        name = config.name or unique_name(device_name(config.image), taken)
+        taken.add(name)
+        names.append(name)
+    return names
 
 
 class _Daemon:
@@ -174,11 +209,11 @@ class _Daemon:
             await server.serve(self.control.socket, task_status=task_status)
 
     async def _open_devices(self) -> None:
-        if self.config.standby:
+        if any(device.standby for device in self.config.devices):
             self.check.enable()
-        options = self._device_options()
-        for lun, image in enumerate(self.config.images):
-            device = await self.devices.add(image, options)
+        configs = self.config.devices
+        for lun, (name, config) in enumerate(zip(device_names(configs), configs, strict=True)):
+            device = await self.devices.add(config.image, device_options(config), name=name)
             self.target.add_unit(lun, device.unit)
             device.bind()
             for note in device.volume.notes:
@@ -187,25 +222,10 @@ class _Daemon:
                 "event=device-opened device=%s lun=%d image=%r size=%d read_only=%s",
                 device.name,
                 lun,
-                image,
+                device.image,
                 device.size,
                 device.gate.read_only,
             )
-
-    def _device_options(self) -> DeviceOptions:
-        config = self.config
-        return DeviceOptions(
-            open=OpenOptions(
-                read_only=config.read_only,
-                cache=CacheMode(config.cache),
-                io=config.io,
-                image_root=config.image_root,
-            ),
-            write_cache=config.write_cache,
-            physical_block_size=config.physical_block_size,
-            standby=config.standby,
-            limits=ParkLimits(park_max=config.park_max),
-        )
 
     def _control_server(self) -> ControlServer:
         if self.control.instead_of is not None:

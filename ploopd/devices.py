@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import trio
 
 from ploopd.disownable import disownable
-from ploopd.errors import ExitCode, NotFoundError, PloopError, StorageError
+from ploopd.errors import ExitCode, NotFoundError, PloopError, StorageError, UsageError
 from ploopd.fileio.buffers import BufferPool
 from ploopd.fileio.engine import IoEngine
 from ploopd.fileio.oslayer import REAL, OsLayer
@@ -360,12 +360,22 @@ class DeviceTable:
             await trio.sleep_forever()
 
     async def add(
-        self, image: str, options: DeviceOptions | None = None, *, opener: Opener | None = None
+        self,
+        image: str,
+        options: DeviceOptions | None = None,
+        *,
+        name: str | None = None,
+        opener: Opener | None = None,
     ) -> Device:
-        """Open `image` and serve it under a name made from its file name."""
+        """Open `image` and serve it as `name`, or else under a name made from its file name.
+
+        Raises `UsageError` when another device has that `name`.
+        """
         if self._nursery is None:
             raise RuntimeError("the device table is not running")
-        name = unique_name(device_name(image), self._devices)
+        if name in self._devices:
+            raise UsageError("another device has that name", field="name", value=name)
+        name = name or unique_name(device_name(image), self._devices)
         device = await Device.open(image, name=name, env=self.env, options=options, opener=opener)
         await self._nursery.start(device.run)
         self._devices[name] = device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -143,7 +144,7 @@ def serve(
     all are ready one line for each is printed on stdout: iscsi://HOST:PORT/IQN/LUN, the image and
     its size. If one of them cannot be served none is.
     """
-    from ploopd.config import ServeConfig, default_iqn, parse_portal, read_chap_files
+    from ploopd.config import DeviceConfig, ServeConfig, default_iqn, parse_portal, read_chap_files
     from ploopd.frontends.iscsi.config import IscsiConfig
 
     iscsi = IscsiConfig(
@@ -153,11 +154,9 @@ def serve(
         acl=acl or None,
         insecure=insecure,
     )
-    config = ServeConfig(
-        images=tuple(os.path.abspath(image) for image in images),
-        iscsi=iscsi,
+    device = DeviceConfig(
+        image="",
         read_only=read_only,
-        control=control,
         write_cache=write_cache == "on",
         physical_block_size=512 if physical_block_size == "512" else 4096,
         standby=standby == "on",
@@ -165,6 +164,11 @@ def serve(
         io=io,  # type: ignore[arg-type]  # click has checked it
         park_max=park_max,
         image_root=image_root,
+    )
+    config = ServeConfig(
+        devices=tuple(replace(device, image=os.path.abspath(image)) for image in images),
+        iscsi=iscsi,
+        control=control,
     )
     config.check()
     _run(config, log_level, hints=hints)

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from ploopd.cli.errors import ploop_error_in
-from ploopd.config import ServeConfig
+from ploopd.config import DeviceConfig, ServeConfig
 from ploopd.daemon import LOGOUT_GRACE, Export, serve_images
 from ploopd.frontends.iscsi.config import IscsiConfig, Portal
 from ploopd.storage.mapinfo import image_info
@@ -73,7 +73,9 @@ async def test_a_third_signal_does_not_wait_for_the_storage(
     monkeypatch.setattr(Volume, "close", hang)
     turns = iter((1, 2, 3))
     iscsi = IscsiConfig(portals=(Portal(port=0),))
-    config = ServeConfig(images=(str(image),), iscsi=iscsi, control=tmp_path / "c.sock")
+    config = ServeConfig(
+        devices=(DeviceConfig(image=str(image)),), iscsi=iscsi, control=tmp_path / "c.sock"
+    )
     with trio.fail_after(5):
         async with trio.open_nursery() as nursery:
             with pytest.raises(ExceptionGroup) as caught:

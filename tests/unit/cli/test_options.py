@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ploopd import config
 from ploopd.cli.ploopctl import cli as ploopctl
 from ploopd.cli.ploopd import cli as ploopd
-from ploopd.config import ConfigError, ServeConfig, parse_portal, read_chap_files
+from ploopd.config import ConfigError, DeviceConfig, ServeConfig, parse_portal, read_chap_files
 from ploopd.errors import DeniedError, ExitCode, NotFoundError, PloopError, UsageError
 from ploopd.frontends.iscsi.config import IscsiConfig, Portal
 from ploopd.frontends.iscsi.names import normalize_name
@@ -97,7 +97,7 @@ def test_an_open_network_portal_needs_a_decision() -> None:
             iqn="iqn.2026-11.org.ploopd:x",
             **options,  # type: ignore[arg-type]
         )
-        ServeConfig(images=("a",), iscsi=iscsi).check()
+        ServeConfig(devices=(DeviceConfig(image="a"),), iscsi=iscsi).check()
 
     with pytest.raises(PloopError, match="--insecure") as caught:
         check()
