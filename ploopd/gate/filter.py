@@ -249,8 +249,13 @@ class Gate:
         """
         drained = await self._queue.drain(deadline)
         if not drained:
-            self._touched = True
+            self.disown()
         return drained
+
+    def disown(self) -> None:
+        """Give up the requests in execution at once: `drain` with a deadline that has passed."""
+        self._touched = True
+        self._queue.disown()
 
     def swap(self, device: BlockDevice) -> None:
         """Put `device` in the place of the old one; only while recovering.

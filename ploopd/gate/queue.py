@@ -252,7 +252,7 @@ class RequestQueue:
     # -- draining --------------------------------------------------------------------------
 
     async def drain(self, deadline: float) -> bool:
-        """See `Gate.drain`."""
+        """Wait for requests in execution; False if some are left after `deadline` seconds."""
         self.device.kick()
         with trio.move_on_after(deadline):
             while self._executing:
@@ -261,10 +261,10 @@ class RequestQueue:
         if not self._executing:
             await trio.lowlevel.checkpoint()
             return True
-        self._disown()
         return False
 
-    def _disown(self) -> None:
+    def disown(self) -> None:
+        """See `Gate.disown`."""
         hung = [self._executing[sequence] for sequence in sorted(self._executing)]
         self._supervisor.report(EventKind.DISOWNED, count=len(hung))
         for request in hung:
