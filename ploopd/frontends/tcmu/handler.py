@@ -1,0 +1,194 @@
+"""Executes the commands of one ring on a logical unit.
+
+A plain READ or WRITE that can be done at once costs no task: data goes straight between the image
+and the shared memory.  Everything else becomes a SCSI task, whose data is copied, so that nothing
+points into the shared memory when the kernel takes it back.
+
+What the kernel's target does itself never comes here: REPORT LUNS, reservations, unit attentions of
+resets and LUN changes.  It does not say which initiator a command comes from, so all of them are
+one I_T nexus here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from ploopd.frontends.tcmu.ring import FLAG_READ_LENGTH, Command, Ring, TaskManagement
+from ploopd.scsi.logical_unit import LogicalUnit
+from ploopd.scsi.nexus import ItlNexus
+from ploopd.scsi.target import Target
+from ploopd.scsi.task import Direction, Status, Task
+from ploopd.scsi.unit_attention import UnitAttention
+
+_LUN_RESET: Final = 5
+"""The first of TCMU's task management functions that resets; the higher ones do as well."""
+
+_PREEMPT: Final = 128
+"""TCMU's number for PERSISTENT RESERVE OUT's PREEMPT AND ABORT, which resets nothing."""
+
+_KERNELS_OWN = (UnitAttention.POWER_ON, UnitAttention.DEVICE_RESET, UnitAttention.NEXUS_LOSS)
+
+
+class Handler:
+    """Serves `unit` through `ring`.
+
+    `on_answer` is called when an answer was put into the ring outside of `process`: the kernel has
+    to be told soon, once for all answers until then.
+    """
+
+    def __init__(
+        self, ring: Ring, unit: LogicalUnit, name: str, on_answer: Callable[[], None]
+    ) -> None:
+        self.ring = ring
+        self.unit = unit
+        self._on_answer = on_answer
+        self._target = Target(f"tcmu,{name}")
+        self._target.add_unit(0, unit)
+        self._nexus = self._target.open_nexus("kernel", name)
+        itl = self._nexus.itl(0)
+        assert itl is not None
+        self._itl: ItlNexus = itl
+        self._forget_attentions()
+        self._aborted_status = Status.TASK_ABORTED
+        self._inside = False
+        self._read_length = bool(ring.flags & FLAG_READ_LENGTH)
+
+    @property
+    def busy(self) -> int:
+        """Commands in execution or parked."""
+        return self.ring.outstanding
+
+    # -- taking ----------------------------------------------------------------------------
+
+    def process(self) -> bool:
+        """Work on everything that is in the ring; True if the kernel has to be told of answers.
+
+        Raises RingError when the ring is not what it should be; the device cannot go on then.
+        """
+        ring = self.ring
+        before = ring.tail
+        self._inside = True
+        try:
+            for entry in ring.take():
+                if isinstance(entry, Command):
+                    if not self._at_once(entry):
+                        self._as_task(entry)
+                else:
+                    self._manage(entry)
+            self._nexus.kick()
+            ring.settle()
+        finally:
+            self._inside = False
+        return ring.tail != before
+
+    def _at_once(self, command: Command) -> bool:
+        """Do a plain READ or WRITE now, if the unit and the image allow it."""
+        itl = self._itl
+        extent = itl.read_range(command.cdb)
+        if extent is not None:
+            now = itl.try_read
+        else:
+            extent = itl.write_range(command.cdb)
+            if extent is None:
+                return False
+            now = itl.try_write
+        offset, length = extent
+        if command.length != length:
+            return False
+        piece = self.ring.piece
+        for at, size in command.iovs:
+            # A piece that is done although a later one cannot be is done again by the task.
+            # Released, not dropped: an exception's frames may keep a reference.
+            with piece(at, size) as view:
+                if not now(offset, view):
+                    return False
+            offset += size
+        self.ring.answer(command.command_id, Status.GOOD)
+        return True
+
+    def _as_task(self, command: Command) -> None:
+        nexus = self._nexus
+        task = Task(
+            tag=command.command_id,
+            lun=0,
+            cdb=command.cdb,
+            on_complete=self._completed,
+            on_aborted=self._aborted,
+            transport=command,
+            expected_out=command.length,
+        )
+        if not nexus.prepare(task):
+            return
+        if task.direction is Direction.FROM_INITIATOR:
+            task.data_out = memoryview(self.ring.gather(command))[: task.data_out_length]
+        nexus.execute(task)
+
+    def _manage(self, request: TaskManagement) -> None:
+        """Abort what the kernel names.  Ids that nobody has are those that have been answered
+        since; an id in here is never a newer command's, because that one would come later."""
+        tasks = self._nexus.tasks
+        if _LUN_RESET <= request.function < _PREEMPT:
+            self.unit.reset()
+            self._forget_attentions()
+        for command_id in request.command_ids:
+            task = tasks.get(command_id)
+            if task is not None:
+                self.unit.abort(task, _nothing)
+
+    def _forget_attentions(self) -> None:
+        """The kernel tells every initiator of these itself; from here one of them, anybody, would
+        be told again."""
+        for attention in _KERNELS_OWN:
+            self._itl.clear_attention(attention)
+
+    # -- answering -------------------------------------------------------------------------
+
+    def _completed(self, task: Task) -> None:
+        command = task.transport
+        assert isinstance(command, Command)
+        read_length = None
+        if task.status == Status.GOOD and task.direction is not Direction.FROM_INITIATOR:
+            filled = self.ring.scatter(command, task.data_in)
+            if self._read_length and filled < command.length:
+                read_length = filled
+        task.release()
+        self._answer(command, task.status, task.sense, read_length)
+
+    def _aborted(self, task: Task) -> None:
+        command = task.transport
+        assert isinstance(command, Command)
+        self._answer(command, self._aborted_status)
+
+    def _answer(
+        self, command: Command, status: int, sense: bytes = b"", read_length: int | None = None
+    ) -> None:
+        self.ring.answer(command.command_id, status, sense, read_length)
+        if not self._inside:
+            self.ring.settle()
+            self._on_answer()
+
+    # -- the end ---------------------------------------------------------------------------
+
+    def give_back(self) -> None:
+        """Answer everything that is still there BUSY, for the initiators to repeat: what is parked
+        or waiting at once, what is in execution when it has ended."""
+        self._aborted_status = Status.BUSY
+        for task in list(self._nexus.tasks.values()):
+            self.unit.abort(task, _nothing)
+
+    def close(self) -> None:
+        """Leave the unit and let go of the ring.  Commands that are still in execution are
+        forgotten: their answers would have no ring to go to."""
+        for task in self._nexus.tasks.values():
+            task.on_complete = task.on_aborted = _forgotten
+        self._nexus.close()
+        self.ring.close()
+
+
+def _nothing() -> None:
+    """The answer is given by `Handler._aborted`."""
+
+
+def _forgotten(task: Task) -> None:
+    task.release()
