@@ -13,7 +13,8 @@ class Watcher:
     """Remembers the last state shown and tells subscribers about every other one.
 
     Callbacks run at once, in the order of subscription, in the caller's thread; they must not
-    raise.  One that unsubscribes (itself or another) while being told is safe.
+    raise.  One that unsubscribes (itself or another) while being told is safe, and so is one that
+    changes the state again: nobody hears of the older state after the newer one.
     """
 
     __slots__ = ("_callbacks", "_state")
@@ -43,6 +44,8 @@ class Watcher:
             return False
         self._state = state
         for callback in tuple(self._callbacks):
+            if self._state is not state:
+                break  # a callback has changed it, and everybody has been told
             if callback in self._callbacks:
                 callback(state)
         return True

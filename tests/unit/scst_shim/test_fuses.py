@@ -113,3 +113,19 @@ def test_watchers_hear_of_changes_only_and_may_leave_while_being_told() -> None:
     assert second == []
     assert watcher.state is StandbyState.OFF
     unsubscribe_first()
+
+
+def test_nobody_hears_of_an_older_state_after_a_newer_one() -> None:
+    """A callback may change the state again: the gate does when a fuse is put back in standby."""
+    watcher = Watcher(StandbyState.NOT_SUPPORTED)
+    seen: list[StandbyState] = []
+
+    def answer(state: StandbyState) -> None:
+        if state is StandbyState.OFF:
+            watcher.update(StandbyState.ON)
+
+    watcher.subscribe(answer)
+    watcher.subscribe(seen.append)
+    watcher.update(StandbyState.OFF)
+    assert seen == [StandbyState.ON]
+    assert watcher.state is StandbyState.ON
