@@ -399,8 +399,13 @@ class Gate:
 
     def judge(self, error: StorageError) -> bool:
         """An operation failed.  True: the device is in standby, park the request.  False: its
-        caller gets the error, and the device may have been latched read-only."""
-        if error.errno not in self._errnos or not self.flags.supported:
+        caller gets the error, and the device may have been latched read-only.
+
+        What comes after a standby errno, from what was in execution, is the same failure: clients
+        of network storage answer EBADFD or ESTALE then.
+        """
+        same = self._faulted and error.errno not in HARMLESS_ERRNOS
+        if not (same or error.errno in self._errnos) or not self.flags.supported:
             self._consider_latch(error)
             return False
         details: dict[str, str | int | float] = {

@@ -194,6 +194,25 @@ def test_another_errno_with_both_fuses_on_is_reported_and_latches_until_a_replac
     assert bench.gate.try_write(0, data()) is True
 
 
+@pytest.mark.parametrize("number", [errno.EBADFD, errno.ENOSPC])
+def test_another_errno_after_the_storage_has_failed_is_the_same_failure(number: int) -> None:
+    """GlusterFS answers ENOTCONN first and EBADFD to what else it had in execution."""
+    bench, first, second = Bench(completion=Completion.MANUAL, inline=False), [], []
+    bench.gate.write(0, data(), first.append)
+    bench.gate.read(512, data(), second.append)
+    bench.device.fail("write", errno.ENOTCONN)
+    bench.device.complete(1)
+    bench.device.fail("read", number)
+    bench.device.complete(1)
+    if number == errno.ENOSPC:  # says nothing about the storage's health
+        assert [each.errno for each in second if each is not None] == [number]
+        return
+    assert (first, second, bench.gate.parked_count) == ([], [], 2)
+    assert bench.gate.latched is None
+    bench.replaced().complete(2)
+    assert (first, second) == ([None], [None])
+
+
 def test_an_errno_that_means_a_full_disk_cannot_be_made_a_standby_errno() -> None:
     with pytest.raises(UsageError, match="ENOSPC"):
         Gate(
