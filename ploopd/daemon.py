@@ -41,6 +41,7 @@ from ploopd.gate.filter import STANDBY_ERRNOS
 from ploopd.gate.limits import ParkLimits
 from ploopd.gate.state import GateState
 from ploopd.scsi.target import Target
+from ploopd.storage.journaling import JournalMode
 from ploopd.storage.opener import OpenOptions
 from scst_shim import StandbyCheck
 
@@ -118,6 +119,8 @@ def device_options(config: DeviceConfig) -> DeviceOptions:
         standby=config.standby,
         limits=ParkLimits(park_max=config.park_max),
         standby_errnos=STANDBY_ERRNOS | set(config.extra_standby_errnos),
+        journal=JournalMode(config.journal),
+        journal_size=config.journal_size,
     )
 
 

@@ -21,11 +21,13 @@ from ploopd.errors import ExitCode, NotFoundError, PloopError, StorageError, Usa
 from ploopd.fileio.buffers import BufferPool
 from ploopd.fileio.engine import IoEngine
 from ploopd.fileio.oslayer import REAL, OsLayer
-from ploopd.gate.events import EventBus
+from ploopd.gate.events import EventBus, EventKind
 from ploopd.gate.filter import STANDBY_ERRNOS, Gate
 from ploopd.gate.limits import ParkLimits
 from ploopd.scsi.cdb import BLOCK_SHIFT
 from ploopd.scsi.logical_unit import LogicalUnit
+from ploopd.storage.device import BlockDevice
+from ploopd.storage.journaling import DEFAULT_JOURNAL_SIZE, Journaling, JournalMode
 from ploopd.storage.opener import OpenOptions, open_volume
 from ploopd.storage.volume import Volume
 from scst_shim import QueueFlags, StandbyCheck
@@ -52,6 +54,7 @@ class DeviceOptions:
     """How one image is served.
 
     `standby` False: no front end sets its EN fuse, so that storage errors reach the initiator.
+    `journal_size`: bytes that may be kept of writes that are acknowledged and not yet flushed.
     """
 
     open: OpenOptions = field(default_factory=OpenOptions)
@@ -60,6 +63,8 @@ class DeviceOptions:
     standby: bool = True
     limits: ParkLimits = field(default_factory=ParkLimits)
     standby_errnos: Collection[int] = STANDBY_ERRNOS
+    journal: JournalMode = JournalMode.AUTO
+    journal_size: int = DEFAULT_JOURNAL_SIZE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +123,8 @@ class Device:
         self.env = env
         self.top: str | None = None
         self.replacing = False
-        self.replay_hooks: list[ReplayHook] = []
+        self.journaling = Journaling(options.journal, options.journal_size, self._flush_failed)
+        self.replay_hooks: list[ReplayHook] = [self.journaling.replay]
         self.flags = QueueFlags(name, env.check)
         self._opener = opener
         self._nursery: trio.Nursery | None = None
@@ -151,7 +157,7 @@ class Device:
         volume = opened.volume
         device.identity = volume.identity
         device.gate = Gate(
-            volume,
+            device.under_gate(volume),
             name=name,
             fuses=device.flags,
             clock=env.clock,
@@ -219,12 +225,21 @@ class Device:
         has recovered from the in-use word stays set.
         """
         if not self.volume_open:
+            self._report_lost()
             return
         if self.gate.faulted or self.gate.latched is not None:
             self.volume.doubt()
         error = await self.close_volume(self.opened, CLOSE_DEADLINE)
         if error is not None:
+            self._report_lost()
             raise error
+        self.journaling.closed()
+
+    def _report_lost(self) -> None:
+        """The storage may not have what was acknowledged, and nobody can write it any more."""
+        status = self.journaling.status
+        if status is not None and status.requests:
+            self.gate.report(EventKind.JOURNAL_LOST, requests=status.requests, bytes=status.data)
 
     async def _expire(self) -> None:
         """Answer BUSY to requests that have been parked for too long."""
@@ -279,6 +294,17 @@ class Device:
         """`opened` is the device's volume from now on."""
         self.volume, self.top_inode = opened.volume, opened.inode
         self.volume_open = True
+
+    def under_gate(self, volume: Volume) -> BlockDevice:
+        """What the gate is to use of `volume` from now on: it may get a journal around it.
+
+        What the journal held is forgotten if it has been replayed into `volume`.
+        """
+        return self.journaling.attach(volume)
+
+    def _flush_failed(self, error: StorageError) -> None:
+        """A flush that only the journal wanted has failed."""
+        self.gate.judge(error)
 
     async def close_volume(self, opened: OpenedVolume, deadline: float) -> PloopError | None:
         """Close a volume, or abandon it after `deadline` seconds; returns what went wrong.

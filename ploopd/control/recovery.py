@@ -258,7 +258,7 @@ class _Replacement:
     def _swap(self, opened: OpenedVolume) -> None:
         """No checkpoint from here on: the rest happens as a whole."""
         device = self.device
-        device.gate.swap(opened.volume)
+        device.gate.swap(device.under_gate(opened.volume))
         device.install(opened)
         self.opened = None
         if device.has_descriptor:

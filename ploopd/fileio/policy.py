@@ -72,6 +72,17 @@ def may_stall(filesystem: str) -> bool:
     return filesystem not in _MEMORY_TYPES and filesystem not in _LOCAL_TYPES
 
 
+def may_lose_written(filesystem: str) -> bool:
+    """Can what was written, and not synced, vanish from this type of file system while the machine
+    goes on?
+
+    Everything with a server behind it can: its client drops its cache when the server is gone, or
+    the server restarts without what it had not stored.  Memory and local file systems keep it in
+    this kernel's page cache; so does overlay, whose upper layer is a local one.
+    """
+    return may_stall(filesystem) and filesystem != "overlay"
+
+
 def choose(io: str, cache: CacheMode, filesystem: str, engine_kind: str | None) -> Policy:
     """The policy for a file; raises `UsageError` when `io` asks for what cannot be.
 

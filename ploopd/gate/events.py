@@ -26,6 +26,7 @@ class EventKind(Enum):
     RELEASED = "released"
     LATCHED = "latched-read-only"
     LATCH_CLEARED = "latch-cleared"
+    JOURNAL_LOST = "journal-lost"
 
 
 _LEVELS: Mapping[EventKind, int] = {
@@ -35,6 +36,7 @@ _LEVELS: Mapping[EventKind, int] = {
     EventKind.DISOWNED: logging.WARNING,
     EventKind.REPLACE_FAILED: logging.ERROR,
     EventKind.LATCHED: logging.ERROR,
+    EventKind.JOURNAL_LOST: logging.ERROR,
 }
 
 

@@ -106,7 +106,11 @@ class BlockDevice(Protocol):
         ...
 
     def flush(self, done: Done) -> Pending:
-        """All writes completed before this call are on stable storage before `done`."""
+        """All writes completed before this call are on stable storage before `done`.
+
+        After a sync of the storage has failed no flush succeeds any more: the kernel may have
+        marked pages clean that were never written, and would call the next sync a success.
+        """
         ...
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:

@@ -293,6 +293,11 @@ class Volume:
         self._stack.abandon()
         self._core.requests.abandoned()
 
+    @property
+    def filesystem(self) -> str:
+        """The type of the file system that the top is on, "unknown" if nobody says."""
+        return self._stack.top.file.filesystem
+
     def inode_numbers(self) -> set[tuple[int, int]]:
         """Device and inode of the files, for a volume that is opened in place of this one."""
         return self._stack.inode_numbers()

@@ -1,0 +1,159 @@
+"""Writes that were acknowledged and are not known to be on stable storage: a log in memory.
+
+Whoever acknowledges a change records it here; a sync that succeeded drops what was recorded before
+it began.  What is left, done again in its order, makes up for a storage that has lost it.
+
+    mark = journal.mark()      # a sync begins
+    journal.wrote(0, buffer)   # comes too late for it
+    journal.drop(mark)         # it has succeeded: all but the last record are gone
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+RECORD_OVERHEAD: Final = 256
+"""Bytes of memory that a record takes beside its data, rounded up: key, object headers, its place
+in a table that has just grown."""
+
+Range = tuple[int, int]
+"""Offset and length in bytes."""
+
+
+class Zeroed(Enum):
+    """What a record has in the place of data: the range reads as zeros."""
+
+    ZEROES = "write zeroes"
+    UNMAP = "unmap"
+
+
+Content = bytes | Zeroed
+
+
+@dataclass(slots=True, eq=False)
+class _Generation:
+    """The records between two marks.
+
+    `records` is in the order in which the changes took effect; a range that is changed again goes
+    to the end, because what it was before does not matter any more.
+    """
+
+    number: int
+    records: dict[Range, Content] = field(default_factory=dict)
+    used: int = 0
+
+
+class Journal:
+    """See the module's first lines.
+
+    `limit`: bytes that `used` should not exceed, which is up to the caller: `fits` tells, `reserve`
+    keeps room for a change under way.  `used`: bytes of the records and the reservations, with
+    RECORD_OVERHEAD for each record.  All offsets and lengths are bytes.
+    """
+
+    __slots__ = ("_current", "_records", "_sealed", "limit", "used")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._sealed: list[_Generation] = []
+        self._current = _Generation(0)
+        self._records = self._current.records
+
+    # -- what can be asked -----------------------------------------------------------------
+
+    @property
+    def held(self) -> int:
+        """Bytes of the records alone."""
+        return sum(each.used for each in self._sealed) + self._current.used
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of data that would be written by a replay."""
+        return self.held - len(self) * RECORD_OVERHEAD
+
+    def __len__(self) -> int:
+        """The number of records."""
+        return sum(len(each.records) for each in self._sealed) + len(self._records)
+
+    def __bool__(self) -> bool:
+        """Whether there is a record."""
+        return bool(self._records) or any(each.records for each in self._sealed)
+
+    def records(self) -> Iterator[tuple[Range, Content]]:
+        """All records in the order in which the changes took effect; the journal must not be
+        changed meanwhile."""
+        for generation in (*self._sealed, self._current):
+            yield from generation.records.items()
+
+    # -- records ---------------------------------------------------------------------------
+
+    def wrote(self, offset: int, buffer: memoryview) -> None:
+        """A write took effect; its data is copied."""
+        length = len(buffer)
+        key = (offset, length)
+        records = self._records
+        if key in records:
+            self._forget(key)
+        cost = length + RECORD_OVERHEAD
+        self._current.used += cost
+        self.used += cost
+        records[key] = bytes(buffer)
+
+    def zeroed(self, offset: int, length: int, *, unmap: bool) -> None:
+        """A range reads as zeros from now on."""
+        key = (offset, length)
+        if key in self._records:
+            self._forget(key)
+        self._current.used += RECORD_OVERHEAD
+        self.used += RECORD_OVERHEAD
+        self._records[key] = Zeroed.UNMAP if unmap else Zeroed.ZEROES
+
+    def _forget(self, key: Range) -> None:
+        """The range has been changed as a whole since."""
+        content = self._records.pop(key)
+        cost = RECORD_OVERHEAD + (len(content) if isinstance(content, bytes) else 0)
+        self._current.used -= cost
+        self.used -= cost
+
+    # -- syncs -----------------------------------------------------------------------------
+
+    def mark(self) -> int:
+        """A sync begins: what `drop` is to be given when it has succeeded."""
+        if self._records:
+            self._sealed.append(self._current)
+            self._current = _Generation(self._current.number + 1)
+            self._records = self._current.records
+        return self._current.number
+
+    def drop(self, mark: int) -> None:
+        """Forget what was recorded before `mark`."""
+        kept = [each for each in self._sealed if each.number >= mark]
+        for each in self._sealed:
+            if each.number < mark:
+                self.used -= each.used
+        self._sealed = kept
+
+    def clear(self) -> None:
+        """Forget everything, and all reservations."""
+        self._sealed = []
+        self._current = _Generation(self._current.number + 1)
+        self._records = self._current.records
+        self.used = 0
+
+    # -- room ------------------------------------------------------------------------------
+
+    def fits(self, cost: int) -> bool:
+        """Whether there is room for `cost` bytes more, overhead included."""
+        return self.used + cost <= self.limit
+
+    def reserve(self, cost: int) -> None:
+        """Keep room for a change that is under way."""
+        self.used += cost
+
+    def release(self, cost: int) -> None:
+        """The change is recorded now, or has failed."""
+        self.used -= cost

@@ -1,0 +1,275 @@
+"""A block device that remembers the changes it has acknowledged since the last successful flush.
+
+It stands between the gate and a volume.  The gate never has changes in execution together that
+overlap, so the order of completions is the order in which changes took effect.
+
+The journal is bounded: half full it has the volume flushed, and full it makes changes wait for that
+flush.  The one exception is a change that is larger than the whole journal: it is written through.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+
+from ploopd.errors import StorageError
+from ploopd.storage.device import BlockDevice, Done, Pending
+from ploopd.storage.journal import RECORD_OVERHEAD, Journal
+from ploopd.storage.request import FINISHED
+
+OnFailure = Callable[[StorageError], object]
+"""Told of a flush that failed and that nobody above has asked for."""
+
+
+class JournaledDevice:
+    """See `BlockDevice` and the module's first lines.
+
+    A flush that succeeds drops the records of what was acknowledged before it was started.  It is
+    up to `volume` that none succeeds after a sync has failed (`BlockDevice.flush`).
+    """
+
+    __slots__ = (
+        "_ceiling",
+        "_early",
+        "_flush_at",
+        "_forcing",
+        "_on_failure",
+        "_retired",
+        "_volume",
+        "_waiting",
+        "_write_now",
+        "cluster_size",
+        "extents",
+        "journal",
+        "kick",
+        "read",
+        "read_only",
+        "size",
+        "try_read",
+    )
+
+    def __init__(self, volume: BlockDevice, journal: Journal, on_failure: OnFailure) -> None:
+        self.size = volume.size
+        self.cluster_size = volume.cluster_size
+        self.read_only = volume.read_only
+        self.try_read = volume.try_read
+        self.read = volume.read
+        self.extents = volume.extents
+        self.kick = volume.kick
+        self._write_now = volume.try_write
+        self._volume = volume
+        self.journal = journal
+        self._on_failure = on_failure
+        self._waiting: deque[_Change] = deque()
+        self._forcing = False
+        self._retired = False
+        self._early = journal.limit // 2
+        self._flush_at: float = self._early
+        self._ceiling = journal.limit - RECORD_OVERHEAD
+
+    # -- the block device ------------------------------------------------------------------
+
+    def try_write(self, offset: int, buffer: memoryview) -> bool:
+        """See `BlockDevice.try_write`; never when that would need a flush first."""
+        journal = self.journal
+        if journal.used + len(buffer) > self._ceiling or not self._write_now(offset, buffer):
+            return False
+        journal.wrote(offset, buffer)
+        if journal.used > self._flush_at:
+            self._force_flush()
+        return True
+
+    def write(self, offset: int, buffer: memoryview, done: Done, *, fua: bool = False) -> Pending:
+        """See `BlockDevice.write`."""
+        volume = self._volume
+        cost = len(buffer) + RECORD_OVERHEAD
+
+        def start(ended: Done) -> Pending:
+            return volume.write(offset, buffer, ended, fua=fua)
+
+        def record() -> None:
+            self.journal.wrote(offset, buffer)
+
+        return self._admit(_Change(self, start, record, cost, done, durable=fua))
+
+    def write_zeroes(
+        self, offset: int, length: int, done: Done, *, unmap: bool = False, fua: bool = False
+    ) -> Pending:
+        """See `BlockDevice.write_zeroes`."""
+        volume = self._volume
+
+        def start(ended: Done) -> Pending:
+            return volume.write_zeroes(offset, length, ended, unmap=unmap, fua=fua)
+
+        def record() -> None:
+            if length:
+                self.journal.zeroed(offset, length, unmap=unmap)
+
+        return self._admit(_Change(self, start, record, RECORD_OVERHEAD, done, durable=fua))
+
+    def discard(self, offset: int, length: int, done: Done) -> Pending:
+        """See `BlockDevice.discard`."""
+        volume = self._volume
+
+        def start(ended: Done) -> Pending:
+            return volume.discard(offset, length, ended)
+
+        def record() -> None:
+            if length:
+                self.journal.zeroed(offset, length, unmap=True)
+
+        return self._admit(_Change(self, start, record, RECORD_OVERHEAD, done, durable=False))
+
+    def flush(self, done: Done) -> Pending:
+        """See `BlockDevice.flush`."""
+        journal = self.journal
+        mark = journal.mark()
+
+        def ended(error: StorageError | None) -> None:
+            if error is None and not self._retired:
+                journal.drop(mark)
+                if self._flush_at == math.inf and not self._forcing:
+                    self._flush_at = self._early
+            done(error)
+            self._pump()
+
+        return self._volume.flush(ended)
+
+    # -- the end ---------------------------------------------------------------------------
+
+    def retire(self) -> None:
+        """The volume has been let go: what still comes from it changes the journal no more."""
+        self._retired = True
+        self._waiting.clear()
+
+    # -- room ------------------------------------------------------------------------------
+
+    def _admit(self, change: _Change) -> Pending:
+        if change.cost > self.journal.limit:
+            change.start_through()
+        elif self._waiting or not self.journal.fits(change.cost):
+            self._ceiling = -1  # inline writes must not overtake those that wait
+            self._waiting.append(change)
+            self._force_flush()
+        else:
+            change.start()
+        return change
+
+    def _force_flush(self) -> None:
+        """Flush for the journal's sake, one at a time."""
+        if self._forcing or not self.journal:
+            return  # without a record the room is reserved: whoever has it pumps when it ends
+        self._forcing = True
+        self._flush_at = math.inf
+        self.flush(self._forced)
+        self.kick()
+
+    def _forced(self, error: StorageError | None) -> None:
+        self._forcing = False
+        if error is None:
+            self._flush_at = self._early
+            return
+        if self._retired:
+            return
+        # It is not tried again before a change must wait for it, or somebody's flush has succeeded.
+        waiting = list(self._waiting)
+        self._waiting.clear()  # in place: `_pump` may be at work on it
+        self._ceiling = self.journal.limit - RECORD_OVERHEAD
+        self._on_failure(error)
+        for change in waiting:
+            change.done(error.again())
+
+    def _pump(self) -> None:
+        """Room may have become free: start those that wait, as many as fit."""
+        waiting = self._waiting
+        if not waiting:
+            return
+        while waiting and self.journal.fits(waiting[0].cost):
+            waiting.popleft().start()
+        if waiting:
+            self._force_flush()
+        else:
+            self._ceiling = self.journal.limit - RECORD_OVERHEAD
+            self.kick()
+
+    def ended(self, change: _Change, error: StorageError | None) -> None:
+        """A change that had room reserved has ended."""
+        if self._retired:
+            return
+        self.journal.release(change.cost)
+        # What is durable and covers nothing that is recorded need not be remembered.
+        if error is None and (self.journal or not change.durable):
+            change.record()
+            if self.journal.used > self._flush_at:
+                self._force_flush()
+        change.done(error)
+        self._pump()
+
+    def withdrawn(self, change: _Change, *, waiting: bool) -> None:
+        """A change was cancelled."""
+        if waiting:
+            self._waiting.remove(change)
+        elif change.cost <= self.journal.limit and not self._retired:
+            self.journal.release(change.cost)
+        self._pump()
+
+
+class _Change:
+    """A slow change from its arrival to its completion; implements `Pending`.
+
+    `start_it` gives it to the volume, `record` puts it into the journal, `cost` is what it takes
+    there; `durable`: it is on stable storage when it ends.
+    """
+
+    __slots__ = ("_device", "_pending", "_start_it", "cost", "done", "durable", "record")
+
+    def __init__(
+        self,
+        device: JournaledDevice,
+        start_it: Callable[[Done], Pending],
+        record: Callable[[], None],
+        cost: int,
+        done: Done,
+        *,
+        durable: bool,
+    ) -> None:
+        self._device = device
+        self._start_it = start_it
+        self._pending: Pending | None = None
+        self.record = record
+        self.cost = cost
+        self.done = done
+        self.durable = durable
+
+    def start(self) -> None:
+        """Execute it with room reserved for its record."""
+        self._device.journal.reserve(self.cost)
+        self._pending = FINISHED
+        self._pending = self._start_it(self._ended)
+
+    def start_through(self) -> None:
+        """Execute it and have it flushed, with everything that it may overlap, before it ends."""
+        self._pending = FINISHED
+        self._pending = self._start_it(self._written_through)
+
+    def cancel(self) -> bool:
+        """See `Pending.cancel`."""
+        if self._pending is None:
+            self._device.withdrawn(self, waiting=True)
+            self._pending = FINISHED
+            return True
+        if not self._pending.cancel():
+            return False
+        self._device.withdrawn(self, waiting=False)
+        return True
+
+    def _ended(self, error: StorageError | None) -> None:
+        self._device.ended(self, error)
+
+    def _written_through(self, error: StorageError | None) -> None:
+        if error is None:
+            self._device.flush(self.done)
+            self._device.kick()
+        else:
+            self.done(error)
