@@ -148,8 +148,11 @@ class RequestQueue:
             self._drop(request)
             return True
         attempt = request.attempt
-        if request.state is not RequestState.EXECUTING or attempt is None:
+        if request.state is not RequestState.EXECUTING:
             return False
+        if attempt is None:  # disowned a moment ago, and not parked yet
+            request.state = RequestState.ENDED
+            return True
         if attempt.pending is not None and attempt.pending.cancel():
             request.state = RequestState.ENDED
             self._leave(request)
@@ -267,11 +270,14 @@ class RequestQueue:
         """See `Gate.disown`."""
         hung = [self._executing[sequence] for sequence in sorted(self._executing)]
         self._supervisor.report(EventKind.DISOWNED, count=len(hung))
-        for request in hung:
+        for request in hung:  # all of them before the first answer: it may cancel another
             attempt = request.attempt
             assert attempt is not None
             attempt.void = True
             self._leave(request)
+        for request in hung:
+            if request.state is RequestState.ENDED:
+                continue
             if request.abandoned:
                 self.end(request, _aborted(request))
             else:
