@@ -6,6 +6,7 @@ Secrets are read from files that only their owner can read, never from arguments
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
@@ -31,6 +32,7 @@ IQN_PREFIX = "iqn.2026-11.org.ploopd"
 DEFAULT_PARK_MAX = 20.0
 DEFAULT_JOURNAL_SIZE = 64 << 20
 MIN_JOURNAL_SIZE = 1 << 20
+LONGEST_DELAY = 3600.0
 _MAX_CHAP_FILE = 1 << 16
 _CHAP_MD5 = 5
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
@@ -55,7 +57,9 @@ class DeviceConfig:
     `image_root`: where the deltas of a descriptor may lie, None is the descriptor's own directory.
     `journal`: whether writes that were acknowledged and not yet flushed are kept, `journal_size`
     bytes at most.  `recovery`: who ends a standby; `candidates` are the other files that `reopen`
-    may use, `recovery_command` is what `command` runs (a program and its arguments).
+    may use, `recovery_command` is what `command` runs (a program and its arguments), for
+    `recovery_timeout` seconds at most.  Between two attempts are `recovery_delay` seconds, doubled
+    each time up to `recovery_delay_max`.
     """
 
     image: str
@@ -74,6 +78,9 @@ class DeviceConfig:
     recovery: Literal["manual", "reopen", "command"] = "manual"
     candidates: tuple[str, ...] = ()
     recovery_command: tuple[str, ...] | None = None
+    recovery_delay: float = 1.0
+    recovery_delay_max: float = 30.0
+    recovery_timeout: float = 60.0
 
     def check(self) -> None:
         """Raises a `PloopError` for values that are wrong or make no sense together."""
@@ -82,6 +89,10 @@ class DeviceConfig:
                 "a device's name has letters, digits, dots, dashes and underscores, 64 at most",
                 field="name",
                 value=self.name,
+            )
+        if self.park_max is not None and not 0 < self.park_max < math.inf:
+            raise UsageError(
+                "is not a positive number of seconds", field="park_max", value=self.park_max
             )
         if self.image_root is not None and not self.image_root.is_dir():
             raise NotFoundError("is not a directory", path=self.image_root, hint="see --image-root")
@@ -100,6 +111,18 @@ class DeviceConfig:
                 field="recovery",
                 value=self.recovery,
                 hint="name the program that the device's hook is, or another way of recovery",
+            )
+        for field in ("recovery_delay", "recovery_delay_max", "recovery_timeout"):
+            value = getattr(self, field)
+            if not 0.05 <= value <= LONGEST_DELAY:
+                raise UsageError(
+                    f"must be between 0.05 and {LONGEST_DELAY:g} seconds", field=field, value=value
+                )
+        if self.recovery_delay > self.recovery_delay_max:
+            raise UsageError(
+                f"is longer than recovery_delay_max, {self.recovery_delay_max:g} s",
+                field="recovery_delay",
+                value=self.recovery_delay,
             )
         if self.candidates and self.recovery != "reopen":
             raise UsageError(

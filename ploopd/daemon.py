@@ -21,6 +21,7 @@ from ploopd import __version__
 from ploopd.config import DeviceConfig, ServeConfig
 from ploopd.control import messages
 from ploopd.control.context import ControlContext
+from ploopd.control.event_log import EventLog
 from ploopd.control.handlers import all_operations
 from ploopd.control.interface import SERVICE_INTERFACE
 from ploopd.control.listener import ControlSocket, claim_control_socket
@@ -37,12 +38,14 @@ from ploopd.fileio.engine import IoEngine, make_engine
 from ploopd.fileio.policy import CacheMode
 from ploopd.frontends.iscsi.config import format_address
 from ploopd.frontends.iscsi.server import IscsiServer
+from ploopd.gate.events import Event, EventKind
 from ploopd.gate.filter import STANDBY_ERRNOS
 from ploopd.gate.limits import ParkLimits
 from ploopd.gate.state import GateState
 from ploopd.scsi.target import Target
 from ploopd.storage.journaling import JournalMode
 from ploopd.storage.opener import OpenOptions
+from ploopd.systemd import Notifier
 from scst_shim import StandbyCheck
 
 LOGOUT_GRACE = 3.0
@@ -50,6 +53,8 @@ LOGOUT_GRACE = 3.0
 
 CLOSE_SECONDS = 15.0
 """Seconds for flushing and closing all images; what hangs longer is left as it is."""
+
+_STATE_CHANGES = frozenset({EventKind.STANDBY_ENTERED, EventKind.STANDBY_LEFT, EventKind.RECOVERED})
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +73,10 @@ Ready = Callable[[list[Export], Path], None]
 """Called with the LUNs and the path of the control socket."""
 
 
-async def serve_images(config: ServeConfig, ready: Ready) -> None:
+async def serve_images(config: ServeConfig, ready: Ready, notifier: Notifier | None = None) -> None:
     """Serve until SIGINT or SIGTERM; calls `ready` once, when every LUN can be used.
+
+    `notifier` tells the service manager.
 
     Raises `PloopError` when it cannot start (nothing is served then) and when an image could not be
     closed cleanly at the end.
@@ -83,7 +90,8 @@ async def serve_images(config: ServeConfig, ready: Ready) -> None:
         control = claim_control_socket(config.control)
         try:
             async with _running_engine(config) as engine:
-                await _Daemon(config, engine, control).run(signals, ready)
+                daemon = _Daemon(config, engine, control, notifier or Notifier({}))
+                await daemon.run(signals, ready)
         finally:
             control.close()
     log.info("event=stopped")
@@ -138,9 +146,12 @@ def device_names(configs: Sequence[DeviceConfig]) -> list[str]:
 class _Daemon:
     """The parts of one run."""
 
-    def __init__(self, config: ServeConfig, engine: IoEngine, control: ControlSocket) -> None:
+    def __init__(
+        self, config: ServeConfig, engine: IoEngine, control: ControlSocket, notifier: Notifier
+    ) -> None:
         self.config = config
         self.control = control
+        self.notifier = notifier
         self.check = StandbyCheck()
         self.env = Environment(
             engine=engine, buffers=engine.buffers, check=self.check, clock=trio.current_time
@@ -155,6 +166,12 @@ class _Daemon:
         self.asking = trio.CancelScope()
         self.stopping = trio.CancelScope(shield=True)
         self.started = trio.current_time()
+        self.event_log = EventLog(self.env.events)
+        self.env.events.subscribe(self._state_changed)
+
+    def _state_changed(self, event: Event) -> None:
+        if event.kind in _STATE_CHANGES:
+            self.notifier.status(self._status())
 
     async def run(self, signals: AsyncIterator[int], ready: Ready) -> None:
         """Start, wait for a signal, stop.  A second signal ends the sessions without waiting for
@@ -162,11 +179,13 @@ class _Daemon:
         async with trio.open_nursery() as nursery:
             stop = trio.Event()
             nursery.start_soon(self._watch_signals, signals, stop)
+            nursery.start_soon(self.notifier.feed)
             await nursery.start(self.devices.run)
             problems: list[PloopError] = []
             try:
                 if await self._start(nursery, stop):
                     ready(self._exports(), self.control.path)
+                    self.notifier.ready(self._status())
                     await stop.wait()
             finally:
                 with self.stopping:
@@ -244,6 +263,7 @@ class _Daemon:
             portals=[format_address(host, port) for host, port in self.portals],
             version=__version__,
             started=self.started,
+            event_log=self.event_log,
         )
         info = messages.ServiceInfo(
             vendor="ploopd",
@@ -262,6 +282,12 @@ class _Daemon:
             for host, port in self.portals
         ]
 
+    def _status(self) -> str:
+        """One line for `systemctl status`."""
+        waiting = [one.name for one in self.devices if one.gate.state is not GateState.ACTIVE]
+        text = f"serving {len(self.devices)} devices"
+        return f"{text}; in standby: {', '.join(waiting)}" if waiting else text
+
     def _exports(self) -> list[Export]:
         return [
             Export(
@@ -276,6 +302,7 @@ class _Daemon:
     async def _stop(self, stop: trio.Event) -> list[PloopError]:
         """Log the initiators out, close the images; what could not be done cleanly."""
         stop.set()
+        self.notifier.stopping()
         # A replacement that is under way ends here, in one piece or in standby.
         self.control_scope.cancel()
         problems = self._unexecuted()  # a session that ends drops what it has parked

@@ -11,7 +11,9 @@ from ploopd.cli.errors import run
 from ploopd.cli.lazy import LazyGroup
 
 _COMMANDS = {
-    "serve": ("ploopd.cli.serve:serve", "Serve images over iSCSI until SIGINT or SIGTERM.")
+    "serve": ("ploopd.cli.serve:serve", "Serve images over iSCSI until SIGINT or SIGTERM."),
+    "run": ("ploopd.cli.run:run_service", "Serve what the configuration files say."),
+    "check-config": ("ploopd.cli.run:check", "Check the configuration files."),
 }
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ploopd.cli.errors import one_line
 from ploopd.cli.hints import usage_hints
 from ploopd.cli.options import ON_OFF, seconds_or_forever
-from ploopd.units import format_size_exact
 
 if TYPE_CHECKING:
     from ploopd.config import ServeConfig
@@ -176,33 +173,11 @@ def serve(
 
 def _run(config: ServeConfig, log_level: str, *, hints: bool) -> None:
     """Run the daemon until it is stopped."""
-    import resource
-
-    import trio
-
-    from ploopd.daemon import serve_images
-    from ploopd.logs import start_logging
+    from ploopd.cli.running import print_exports, run_daemon
 
     def announce(exports: list[Export], control_path: Path) -> None:
-        """Print the line of each LUN: from now on it can be used."""
-        lines = [
-            f"{export.url}  {one_line(export.image)}  {format_size_exact(export.size)}\n"
-            for export in exports
-        ]
-        try:
-            sys.stdout.write("".join(lines))
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # Whoever started us has read enough; the disks are what matters.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print_exports(exports, control_path)
         if hints:
             click.echo(usage_hints(exports[0], control_path), err=True)
 
-    # The soft limit protects programs that use select(); chains and sessions need more than 1024.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    log = start_logging(log_level, sys.stderr)
-    try:
-        trio.run(serve_images, config, announce)
-    finally:
-        log.close()
+    run_daemon(config, log_level, announce)

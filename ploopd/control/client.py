@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -64,13 +65,21 @@ class ControlClient:
         return self._receive(reply, time.monotonic() + self.timeout, waiting)[0]
 
     def stream(
-        self, method: Method, reply: type[ReplyT], parameters: Message, *, waiting: str
+        self,
+        method: Method,
+        reply: type[ReplyT],
+        parameters: Message,
+        *,
+        waiting: str,
+        patient: bool = False,
     ) -> Iterator[ReplyT]:
-        """Call `method` with `more` and yield its replies; the time limit is for each of them."""
+        """Call `method` with `more` and yield its replies; the time limit is for each of them,
+        `patient` has none."""
         self._send(method, parameters, more=True)
+        limit = math.inf if patient else self.timeout
         continues = True
         while continues:
-            message, continues = self._receive(reply, time.monotonic() + self.timeout, waiting)
+            message, continues = self._receive(reply, time.monotonic() + limit, waiting)
             yield message
 
     def _send(self, method: Method, parameters: Message, *, more: bool) -> None:
@@ -107,7 +116,7 @@ class ControlClient:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise self._timeout(waiting)
-            self._socket.settimeout(remaining)
+            self._socket.settimeout(None if remaining == math.inf else remaining)
             try:
                 data = self._socket.recv(_CHUNK)
             except TimeoutError as error:

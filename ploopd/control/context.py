@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ploopd.control.event_log import EventLog
 from ploopd.devices import Device, DeviceTable
 from ploopd.errors import NotFoundError
 
@@ -15,6 +16,7 @@ class ControlContext:
     """The daemon, as its handlers see it.
 
     `urls(device)` are the URLs of a device; `started` is on the devices' clock.
+    `event_log` has what happened to them.
     """
 
     devices: DeviceTable
@@ -23,6 +25,7 @@ class ControlContext:
     portals: list[str]
     version: str
     started: float
+    event_log: EventLog
 
     def find(self, name: str) -> Device:
         """The device called `name`.  Raises `NotFoundError`, which proposes the nearest name."""

@@ -92,6 +92,10 @@ def _type_name(hint: object, named: dict[str, type[msgspec.Struct]]) -> str:
     arguments = typing.get_args(hint)
     if origin is list:
         return f"[]{_type_name(arguments[0], named)}"
+    if origin is dict and arguments[0] is str:
+        return f"[string]{_type_name(arguments[1], named)}"
+    if origin is types.UnionType and set(arguments) <= _SCALARS.keys():
+        return "object"  # one of several scalars: Varlink has no unions
     if origin is types.UnionType and len(arguments) == 2 and arguments[1] is types.NoneType:
         return f"?{_type_name(arguments[0], named)}"
     if isinstance(hint, type) and issubclass(hint, msgspec.Struct):

@@ -120,6 +120,33 @@ class StandbyWaitParameters(Message, frozen=True, kw_only=True):
     timeout: float = 30.0
 
 
+class EventsParameters(Message, frozen=True, kw_only=True):
+    """Of which device; None is of all."""
+
+    device: str | None = None
+
+
+class DeviceEvent(Message, frozen=True, kw_only=True):
+    """Something that happened to a device.
+
+    `sequence` counts the daemon's events, `time` is in seconds since 1970, `event` the name of what
+    happened, `details` text and numbers that say more.
+    """
+
+    sequence: int
+    time: float
+    event: str
+    device: str
+    details: dict[str, str | int | float]
+
+
+class EventsReply(Message, frozen=True, kw_only=True):
+    """Events, oldest first; `lost` is how many are missing before the first of them."""
+
+    events: list[DeviceEvent]
+    lost: int = 0
+
+
 class DaemonInfo(Message, frozen=True, kw_only=True):
     """The running daemon; `uptime` in seconds."""
 
@@ -211,6 +238,14 @@ STANDBY_WAIT = Method(
     help="Answers when the state string is the wanted one.",
 )
 
+EVENTS = Method(
+    name="Events",
+    parameters=EventsParameters,
+    reply=EventsReply,
+    help="The last events. With `more`, those and all that follow.",
+    more=True,
+)
+
 METHODS: tuple[Method, ...] = (
     GET_INFO,
     LIST_DEVICES,
@@ -220,4 +255,5 @@ METHODS: tuple[Method, ...] = (
     STANDBY_ENTER,
     STANDBY_LEAVE,
     STANDBY_WAIT,
+    EVENTS,
 )

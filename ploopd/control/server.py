@@ -13,7 +13,7 @@ import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -60,12 +60,14 @@ class Operation:
     """A method and what serves it.
 
     `outlives_client`: a client that goes away does not cancel it, because half of it is worse than
-    all of it.
+    all of it.  `follower` serves calls with `more` instead of `handler`, until the client goes
+    away; it may wait for a client that does not read.
     """
 
     method: messages.Method
     handler: Handler
     outlives_client: bool = False
+    follower: Handler | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -210,12 +212,15 @@ class ControlServer:
         parameters: messages.Message,
     ) -> None:
         """Run the handler; a client that hangs up cancels it."""
+        patience = SEND_SECONDS
+        if call.more and operation.follower is not None:
+            operation = replace(operation, handler=operation.follower)
+            patience = math.inf
 
         async def send(message: messages.Message) -> None:
-            if call.more:
-                await self._reply(
-                    stream, call, Reply(parameters=encode_parameters(message), continues=True)
-                )
+            if call.more and not call.oneway:
+                reply = Reply(parameters=encode_parameters(message), continues=True)
+                await _send(stream, reply, patience)
 
         reply: Reply | None = None
         async with trio.open_nursery() as nursery:
@@ -312,8 +317,8 @@ async def _until_hung_up(stream: trio.SocketStream, scope: trio.CancelScope) -> 
         await trio.sleep(0.1)
 
 
-async def _send(stream: trio.SocketStream, reply: Reply) -> None:
-    with trio.fail_after(SEND_SECONDS):
+async def _send(stream: trio.SocketStream, reply: Reply, patience: float = SEND_SECONDS) -> None:
+    with trio.fail_after(patience):
         await stream.send_all(encode(reply))
 
 

@@ -26,6 +26,9 @@ class EventKind(Enum):
     RELEASED = "released"
     LATCHED = "latched-read-only"
     LATCH_CLEARED = "latch-cleared"
+    HELD = "held"
+    CANDIDATE_REFUSED = "candidate-refused"
+    RECOVERY_COMMAND = "recovery-command"
     JOURNAL_LOST = "journal-lost"
 
 
@@ -34,6 +37,7 @@ _LEVELS: Mapping[EventKind, int] = {
     EventKind.PARK_LIMIT: logging.WARNING,
     EventKind.PARK_EXPIRED: logging.WARNING,
     EventKind.DISOWNED: logging.WARNING,
+    EventKind.CANDIDATE_REFUSED: logging.WARNING,
     EventKind.REPLACE_FAILED: logging.ERROR,
     EventKind.LATCHED: logging.ERROR,
     EventKind.JOURNAL_LOST: logging.ERROR,
@@ -89,6 +93,7 @@ class EventBus:
 
     def publish(self, event: Event) -> None:
         """Log `event` and tell every subscriber."""
-        _log.log(_LEVELS.get(event.kind, logging.INFO), "%s", event)
+        level = _LEVELS.get(event.kind, logging.INFO)
+        _log.log(level, "%s", event, extra={"ploopd_event": event})
         for subscriber in tuple(self._subscribers):
             subscriber(event)

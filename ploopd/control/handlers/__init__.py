@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from ploopd.control.context import ControlContext
-from ploopd.control.handlers import device, info, standby
+from ploopd.control.handlers import device, events, info, standby
 from ploopd.control.server import Operation
 
 
@@ -16,4 +16,5 @@ def all_operations(context: ControlContext) -> list[Operation]:
         *info.operations(context),
         *device.operations(context),
         *standby.operations(context),
+        *events.operations(context),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -46,6 +47,20 @@ DETAILS = messages.DeviceDetails(
     layers=[messages.Layer(path="/vz/root.hds", kind="ploop", level=0, version=2)],
     notes=["was not closed cleanly"],
 )
+
+
+EVENTS = [
+    messages.DeviceEvent(
+        sequence=7,
+        time=1.5,
+        event="standby-entered",
+        device="root",
+        details={"errno": "EIO", "path": "/a b\n", "offset": 4096},
+    ),
+    messages.DeviceEvent(
+        sequence=8, time=2.0, event="replace-step", device="root", details={"elapsed": 0.25}
+    ),
+]
 
 
 class FakeDaemon:
@@ -105,7 +120,19 @@ class FakeDaemon:
             self.asked.append(parameters)
             raise PloopError("waited 1 s for it", exit_code=ExitCode.TIMEOUT)
 
+        async def events(
+            parameters: messages.EventsParameters, _send: Send
+        ) -> messages.EventsReply:
+            self.asked.append(parameters)
+            return messages.EventsReply(events=EVENTS, lost=2)
+
+        async def follow(parameters: messages.EventsParameters, send: Send) -> messages.EventsReply:
+            for event in EVENTS:
+                await send(messages.EventsReply(events=[event], lost=event.sequence - 7))
+            raise PloopError("stopped")
+
         return [
+            Operation(method=messages.EVENTS, handler=events, follower=follow),
             Operation(method=messages.LIST_DEVICES, handler=listing),
             Operation(method=messages.SHOW_DEVICE, handler=show),
             Operation(method=messages.STANDBY_SHOW, handler=state),
@@ -228,6 +255,30 @@ def test_standby_wait(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) ->
     assert daemon.asked == [messages.StandbyWaitParameters(name="root", standby="on", timeout=1.0)]
     assert call(capsys, ploopctl, *base, "wait").code == ExitCode.USAGE
     assert call(capsys, ploopctl, *base, "show", "--state", "on").code == ExitCode.USAGE
+
+
+def test_events_as_lines(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    result = call(capsys, ploopctl, "--control", daemon.path, "events", "--device", "root")
+    assert result.code == 0
+    assert result.err == "2 events were lost here\n"
+    first, second = result.out.splitlines()
+    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d  "
+    shown = "root  standby-entered  errno=EIO path='/a b\\n' offset=4096"
+    assert re.fullmatch(stamp + re.escape(shown), first)
+    assert re.fullmatch(stamp + re.escape("root  replace-step  elapsed=0.250"), second)
+    assert daemon.asked == [messages.EventsParameters(device="root")]
+
+
+def test_events_for_programs(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ("--control", daemon.path, "events", "--output", "json")
+    result = call(capsys, ploopctl, *base)
+    assert [one["sequence"] for one in json.loads(result.out)] == [7, 8]
+    result = call(capsys, ploopctl, *base, "--follow", "--timeout", "0.5")
+    assert [json.loads(line)["event"] for line in result.out.splitlines()] == [
+        "standby-entered",
+        "replace-step",
+    ]
+    assert result.err == "1 events were lost here\ncli: stopped\n"
 
 
 @pytest.mark.parametrize(

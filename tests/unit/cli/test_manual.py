@@ -12,6 +12,7 @@ import pytest
 from ploopd.cli.ploopctl import cli as ploopctl
 from ploopd.cli.ploopd import cli as ploopd
 from ploopd.errors import ExitCode
+from ploopd.gate.events import EventKind
 
 ROOT = Path(__file__).resolve().parents[3]
 MANUALS = {"ploopd": ROOT / "docs/man/ploopd.8.md", "ploopctl": ROOT / "docs/man/ploopctl.1.md"}
@@ -127,7 +128,7 @@ def test_commands_in_the_readme_exist() -> None:
                 assert option in known, line
 
 
-def test_no_line_of_the_manuals_mentions_an_unknown_environment_variable() -> None:
+def test_no_environment_variable_of_the_manuals_is_unknown() -> None:
     used = {
         str(parameter.envvar)
         for each in PROGRAMS
@@ -136,5 +137,13 @@ def test_no_line_of_the_manuals_mentions_an_unknown_environment_variable() -> No
         if parameter.envvar
     } | {"PLOOPD_DEBUG"}
     for path in MANUALS.values():
-        written = set(re.findall(r"\bPLOOPD_[A-Z_]+", path.read_text()))
+        section = path.read_text().split("## ENVIRONMENT")[1].split("\n## ")[0]
+        written = set(re.findall(r"\bPLOOPD_[A-Z_]+", section))
+        assert written
         assert written <= used
+
+
+def test_every_event_is_in_the_manual_and_no_other() -> None:
+    table = MANUALS["ploopctl"].read_text().split("## EVENTS")[1].split("\n## ")[0]
+    written = set(re.findall(r"^\| ([a-z][a-z-]+) \|", table, re.MULTILINE))
+    assert written == {kind.value for kind in EventKind}

@@ -13,6 +13,7 @@ import trio.testing
 
 from ploopd.control import messages
 from ploopd.control.context import ControlContext
+from ploopd.control.event_log import EventLog
 from ploopd.control.handlers import all_operations
 from ploopd.control.server import Operation
 from ploopd.devices import DeviceTable, Environment
@@ -37,6 +38,7 @@ class Daemon:
             portals=["127.0.0.1:3260"],
             version="1.2.3",
             started=devices.env.clock() - 5.0,
+            event_log=EventLog(devices.env.events),
         )
         self._operations: dict[str, Operation] = {
             each.method.name: each for each in all_operations(context)

@@ -1,0 +1,56 @@
+"""`ploopd run` and `ploopd check-config`: the files of /etc/ploopd in, and the daemon runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+CONFIG = click.option(
+    "--config",
+    type=click.Path(readable=False, path_type=Path),
+    default=Path("/etc/ploopd/ploopd.toml"),
+    show_default=True,
+    metavar="FILE",
+    help="The configuration; the files *.toml of the directory of the same name ending in .d are "
+    "read after it.",
+)
+
+
+@click.command("run")
+@CONFIG
+def run_service(config: Path) -> None:
+    """Serve the devices of the configuration files until SIGINT or SIGTERM.
+
+    The same daemon as `serve`, for a service manager: systemd is told when it is ready, and its
+    watchdog is fed. If one of the devices cannot be served none is.
+    """
+    from ploopd.cli.running import print_exports, run_daemon
+    from ploopd.config_file import check_config, load_config
+
+    loaded = load_config(config)
+    check_config(loaded)
+    run_daemon(loaded.serve, loaded.log_level, print_exports)
+
+
+@click.command("check-config")
+@CONFIG
+def check(config: Path) -> None:
+    """Check the configuration files without starting anything; the images are not looked at.
+
+    Prints the files that were read and what would be served.
+    """
+    from ploopd.cli.render import echo_table
+    from ploopd.config_file import check_config, load_config
+    from ploopd.daemon import device_names
+
+    loaded = load_config(config)
+    check_config(loaded)
+    for file in loaded.files:
+        click.echo(f"read {file}", err=True)
+    devices = loaded.serve.devices
+    rows = [
+        (str(lun), name, "yes" if device.read_only else "no", device.recovery, device.image)
+        for lun, (name, device) in enumerate(zip(device_names(devices), devices, strict=True))
+    ]
+    echo_table(("LUN", "NAME", "READ-ONLY", "RECOVERY", "IMAGE"), rows, right=frozenset({0}))
