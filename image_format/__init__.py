@@ -22,6 +22,7 @@ from image_format.descriptor import (
     new_descriptor,
     parse_descriptor,
 )
+from image_format.descriptor_edit import with_file
 from image_format.dirty_bitmap import DirtyBitmap
 from image_format.errors import DescriptorFormatError, FormatError
 from image_format.extension import FormatExtension, Section
@@ -84,4 +85,5 @@ __all__ = [
     "new_descriptor",
     "new_header",
     "parse_descriptor",
+    "with_file",
 ]

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import os
 import re
+import threading
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import trio
@@ -28,7 +29,7 @@ from ploopd.scsi.cdb import BLOCK_SHIFT
 from ploopd.scsi.logical_unit import LogicalUnit
 from ploopd.storage.device import BlockDevice
 from ploopd.storage.journaling import DEFAULT_JOURNAL_SIZE, Journaling, JournalMode
-from ploopd.storage.opener import OpenOptions, open_volume
+from ploopd.storage.opener import NO_SUBSTITUTES, OpenOptions, open_volume
 from ploopd.storage.volume import Volume
 from scst_shim import QueueFlags, StandbyCheck
 
@@ -42,8 +43,9 @@ Inode = tuple[int, int]
 """Device and inode number of a file."""
 
 Clock = Callable[[], float]
-Opener = Callable[[str, str | None, Volume | None], Volume]
-"""(image, new top delta or None, volume whose files are still open or None) → volume; blocking."""
+Opener = Callable[[str, Mapping[str, str], Volume | None], Volume]
+"""(image, files by GUID instead of those that its descriptor names, volume whose files are still
+open or None) → volume; blocking."""
 
 ReplayHook = Callable[[Volume], Awaitable[int]]
 """Brings a replaced volume up to date before it is used; returns the bytes it has written."""
@@ -88,9 +90,14 @@ class Environment:
     def opener(self, options: OpenOptions) -> Opener:
         """The function that opens a device's volumes."""
 
-        def open_with(image: str, top: str | None, inherit: Volume | None) -> Volume:
+        def open_with(image: str, substitutes: Mapping[str, str], inherit: Volume | None) -> Volume:
             return open_volume(
-                image, options, self.engine, layer=self.layer, top=top, inherit=inherit
+                image,
+                options,
+                self.engine,
+                layer=self.layer,
+                substitutes=substitutes,
+                inherit=inherit,
             )
 
         return open_with
@@ -98,20 +105,21 @@ class Environment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedVolume:
-    """A volume and the inode of its top; `direct`: the path it was opened by is its top delta."""
+    """A volume and the inode of its top; `substitutes`: see `Device.open_volume`."""
 
     volume: Volume
     inode: Inode
-    direct: bool
+    substitutes: Mapping[str, str]
 
 
 class Device:
     """One image being served.
 
     `run` must be running while requests are made.  `volume` is the current volume, closed after a
-    replace that failed half-way (`volume_open` False); `top` is the file that replaced the top
-    delta of a descriptor (`has_descriptor`), if one did; `top_inode` are device and inode of the
-    current top delta; `replay_hooks` run before a replaced volume is probed.
+    replace that failed half-way (`volume_open` False); `substitutes` are files that are served
+    instead of those that the descriptor (`has_descriptor`) names, by GUID; `top_inode` are device
+    and inode of the current top delta; `replay_hooks` run before a replaced volume is probed.
+    `recording` is held by the thread that changes the names of files.
     """
 
     def __init__(
@@ -121,7 +129,8 @@ class Device:
         self.image = image
         self.options = options
         self.env = env
-        self.top: str | None = None
+        self.substitutes: Mapping[str, str] = NO_SUBSTITUTES
+        self.recording = threading.Lock()
         self.replacing = False
         self.journaling = Journaling(options.journal, options.journal_size, self._flush_failed)
         self.replay_hooks: list[ReplayHook] = [self.journaling.replay]
@@ -151,9 +160,9 @@ class Device:
         """Open `image` and put a device on it.  Raises what `open_volume` raises."""
         options = options or DeviceOptions()
         device = cls(name, image, options, env, opener or env.opener(options.open))
-        opened = await device.open_volume(image, None, None)
+        opened = await device.open_volume(image, NO_SUBSTITUTES, None)
         device.install(opened)
-        device.has_descriptor = not opened.direct
+        device.has_descriptor = opened.volume.layers[0].guid is not None
         volume = opened.volume
         device.identity = volume.identity
         device.gate = Gate(
@@ -187,9 +196,7 @@ class Device:
     @property
     def opened(self) -> OpenedVolume:
         """The current volume with its inode."""
-        return OpenedVolume(
-            volume=self.volume, inode=self.top_inode, direct=not self.has_descriptor
-        )
+        return OpenedVolume(volume=self.volume, inode=self.top_inode, substitutes=self.substitutes)
 
     # -- front ends ------------------------------------------------------------------------
 
@@ -258,28 +265,28 @@ class Device:
     # -- volumes, for recovery -------------------------------------------------------------
 
     async def open_volume(
-        self, image: str, top: str | None, inherit: Volume | None, deadline: float = math.inf
+        self,
+        image: str,
+        substitutes: Mapping[str, str],
+        inherit: Volume | None,
+        deadline: float = math.inf,
     ) -> OpenedVolume:
-        """Open `image` (with `top` as its top delta) in a worker thread.
+        """Open `image` (with `substitutes`: GUID → file) in a worker thread.
 
         The thread is disowned after `deadline` seconds (PloopError, exit code TIMEOUT); a volume
         that it still comes up with is closed again.
         """
 
         def blocking() -> OpenedVolume:
-            volume = self._opener(image, top, inherit)
-            path = next(layer.path for layer in volume.layers if layer.level == 0)
-            status, named = os.stat(path), os.stat(top or image)
+            volume = self._opener(image, substitutes, inherit)
             return OpenedVolume(
-                volume=volume,
-                inode=(status.st_dev, status.st_ino),
-                direct=os.path.samestat(status, named),
+                volume=volume, inode=volume.layers[0].inode, substitutes=substitutes
             )
 
         return await disownable(
             blocking,
             deadline=deadline,
-            what=f"opening {top or image}",
+            what=f"opening {image}",
             undo=self._close_late,
             limiter=self.env.open_limiter,
         )
@@ -293,6 +300,7 @@ class Device:
     def install(self, opened: OpenedVolume) -> None:
         """`opened` is the device's volume from now on."""
         self.volume, self.top_inode = opened.volume, opened.inode
+        self.substitutes = opened.substitutes
         self.volume_open = True
 
     def under_gate(self, volume: Volume) -> BlockDevice:

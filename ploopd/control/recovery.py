@@ -1,88 +1,46 @@
 """Replacing the storage under a device: architecture section "the gate", step by step.
 
-    stop admission → drain → close the old top → open, lock, verify and mark the new one →
-    replay → probe write and sync → swap → clear standby → release
+    stop admission → drain → close the old files → open, lock, verify and mark the new ones →
+    replay → probe write and sync → record → swap → clear standby → release
 
-The file is looked at before the first step, so that most wrong arguments are refused before
-anything is touched.  A failure or a cancellation at any step leaves the device in standby, and
-replace can be tried again; only a device that was active and whose storage is untouched goes on as
-it was.
+Everything is looked at before the first step, so that most wrong arguments are refused before
+anything is touched.  A failure or a cancellation at any step leaves the device in standby, and the
+recovery can be tried again; only a device that was active and whose storage is untouched goes on
+as it was.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import trio
 
-from ploopd.control.candidate import (
-    Requirements,
-    inspect,
-    is_conclusive,
-    require_fit,
-    require_geometry,
-    require_quiet,
-)
+from ploopd.control.candidate import is_conclusive, require_geometry
+from ploopd.control.plan import Plan, ReloadPlan, ReplaceOptions, ReplacePlan, intentions
+from ploopd.control.steps import Deadlines, OnStep, ReplaceReport, Step, StepRecord
 from ploopd.devices import Device, OpenedVolume
 from ploopd.disownable import disownable
 from ploopd.errors import BusyError, ExitCode, PloopError
 from ploopd.gate.events import EventKind
 from ploopd.gate.state import GateState
-from ploopd.storage.identity import keep_identity
-from ploopd.storage.probe import ImageFormat
 from ploopd.storage.volume import Volume
 
+__all__ = [
+    "Deadlines",
+    "OnStep",
+    "ReplaceOptions",
+    "ReplaceReport",
+    "Step",
+    "StepRecord",
+    "clear_latch",
+    "leave_standby",
+    "reload",
+    "replace",
+]
 
-class Step(Enum):
-    """The steps in their order; the values are what an operator sees."""
-
-    CHECK = "check"
-    STOP = "stop admission"
-    DRAIN = "drain"
-    CLOSE = "close old"
-    OPEN = "open new"
-    REPLAY = "replay"
-    PROBE = "probe"
-    SWAP = "swap"
-    RELEASE = "release"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRecord:
-    """A step that was done: `elapsed` seconds since the call, `detail` what is worth telling."""
-
-    step: Step
-    elapsed: float
-    detail: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplaceReport:
-    """A replace that succeeded: the image now served, the one before, and the steps."""
-
-    device: str
-    image: str
-    previous: str
-    steps: Sequence[StepRecord]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deadlines:
-    """Seconds that each step may take before it is given up."""
-
-    check: float = 10.0
-    drain: float = 5.0
-    close: float = 5.0
-    open: float = 60.0
-    replay: float = 60.0
-    probe: float = 10.0
-
-
-OnStep = Callable[[StepRecord], None]
+T = TypeVar("T")
 
 
 async def replace(
@@ -90,25 +48,58 @@ async def replace(
     image: str,
     *,
     force: bool = False,
+    level: int | None = None,
+    guid: str | None = None,
+    keep_name: bool = False,
+    keep_descriptor: bool = False,
+    dry_run: bool = False,
     drain_deadline: float = 5.0,
     deadlines: Deadlines | None = None,
     on_step: OnStep | None = None,
 ) -> ReplaceReport:
-    """Make `image` the top delta of `device`; the same path again is allowed.
+    """Put `image` in the place of a delta of `device`; the same path again is allowed.
 
-    `force` accepts an image that is marked as in use.  `on_step` is called after each step, in the
-    event loop's thread.  Raises `BusyError` if the device is being replaced already, a `PloopError`
-    that names the file for an image that cannot be used, and `StorageError` or a timeout when the
-    storage does not work; the device is in standby then.
+    The delta is the top, or that of `level` (0 is the top) or `guid`.  `force` accepts an image
+    that is marked as in use.  `keep_name` renames `image` to the name of the old file.
+    `keep_descriptor` leaves DiskDescriptor.xml as it is.  With `dry_run` nothing is touched: all
+    checks are made, and the report says what would be done.  `on_step` is called after each step,
+    in the event loop's thread.
+
+    Raises `BusyError` if the device is being recovered already, a `PloopError` that names the file
+    for an image that cannot be used, and `StorageError` or a timeout when the storage does not
+    work; the device is in standby then, unless nothing had been touched.
     """
+    _require_idle(device)
+    options = ReplaceOptions(
+        force=force, level=level, guid=guid, keep_name=keep_name, keep_descriptor=keep_descriptor
+    )
+    plan = ReplacePlan(device, image, options)
+    limits = deadlines or Deadlines(drain=drain_deadline)
+    return await _Recovery(device, plan, limits, on_step).run(dry_run=dry_run)
+
+
+async def reload(
+    device: Device,
+    *,
+    dry_run: bool = False,
+    deadlines: Deadlines | None = None,
+    on_step: OnStep | None = None,
+) -> ReplaceReport:
+    """Close the files of `device` and open them again from where they were opened, as vz9 reloads
+    a table; a DiskDescriptor.xml that has changed is taken up.
+
+    Parameters and errors are those of `replace`.
+    """
+    _require_idle(device)
+    plan = ReloadPlan(device)
+    return await _Recovery(device, plan, deadlines or Deadlines(), on_step).run(dry_run=dry_run)
+
+
+def _require_idle(device: Device) -> None:
     if device.replacing:
-        raise BusyError("the device is being replaced already", field="device", value=device.name)
-    device.replacing = True
-    try:
-        limits = deadlines or Deadlines(drain=drain_deadline)
-        return await _Replacement(device, image, force, limits, on_step).run()
-    finally:
-        device.replacing = False
+        raise BusyError(
+            "the device is being replaced already, or reloaded", field="device", value=device.name
+        )
 
 
 def leave_standby(device: Device, *, force: bool = False) -> None:
@@ -136,33 +127,65 @@ def leave_standby(device: Device, *, force: bool = False) -> None:
     device.gate.leave_standby()
 
 
-class _Replacement:
-    """One call of `replace`."""
+def clear_latch(device: Device) -> str:
+    """Let a device that a storage failure has made read-only be written to again; returns the
+    failure.
+
+    Raises `BusyError` if there was none.
+    """
+    failure = device.gate.latched
+    if failure is None:
+        raise BusyError(
+            "is not latched read-only", field="device", value=device.name, hint="nothing to clear"
+        )
+    device.gate.clear_latch()
+    return str(failure)
+
+
+class _Recovery:
+    """One call of `replace` or `reload`."""
 
     def __init__(
-        self,
-        device: Device,
-        image: str,
-        force: bool,
-        deadlines: Deadlines,
-        on_step: OnStep | None,
+        self, device: Device, plan: Plan, deadlines: Deadlines, on_step: OnStep | None
     ) -> None:
         self.device = device
-        self.image = os.path.abspath(image)
-        self.force = force
+        self.plan = plan
         self.deadlines = deadlines
         self.on_step = on_step
         self.started = trio.current_time()
         self.steps: list[StepRecord] = []
+        self.looked = False
+        self.prepared = False
         self.untouched = True
         self.opened: OpenedVolume | None = None
 
-    async def run(self) -> ReplaceReport:
-        device, gate = self.device, self.device.gate
-        previous = next(each.path for each in device.volume.layers if each.level == 0)
-        await self._check()
+    async def run(self, *, dry_run: bool) -> ReplaceReport:
+        self.device.replacing = True
+        try:
+            await self._check(dry_run=dry_run)
+            if dry_run:
+                self._tell_the_rest()
+            else:
+                await self._execute()
+        finally:
+            if self.prepared:
+                await self._discard()
+            self.device.replacing = False
+        plan = self.plan
+        return ReplaceReport(
+            device=self.device.name,
+            image=plan.subject,
+            previous=plan.previous,
+            steps=tuple(self.steps),
+            level=plan.level,
+            guid=plan.guid,
+            dry_run=dry_run,
+        )
+
+    async def _execute(self) -> None:
+        gate = self.device.gate
         gate.begin_recovery()
-        gate.report(EventKind.REPLACE_STARTED, image=self.image)
+        gate.report(EventKind.REPLACE_STARTED, image=self.plan.subject)
         failure: BaseException | None = PloopError("the replace was interrupted")
         try:
             self._did(Step.STOP)
@@ -174,10 +197,6 @@ class _Replacement:
         finally:
             if failure is not None:
                 await self._give_up(failure)
-        await self._keep_identity()
-        return ReplaceReport(
-            device=device.name, image=self.image, previous=previous, steps=tuple(self.steps)
-        )
 
     async def _recover(self) -> None:
         device = self.device
@@ -185,25 +204,37 @@ class _Replacement:
         opened = self.opened = await self._open()
         volume, gate = opened.volume, device.gate  # the file may be another one than was looked at
         geometry = (gate.size, gate.cluster_size)
-        require_geometry(self.image, (volume.size, volume.cluster_size), geometry)
+        require_geometry(self.plan.subject, (volume.size, volume.cluster_size), geometry)
         await device.start_volume(opened.volume)
         self._did(Step.OPEN, "; ".join(opened.volume.notes))
         await self._replay(opened.volume)
         await self._probe(opened.volume)
+        await self._record()
         self._swap(opened)
 
     # -- the steps -------------------------------------------------------------------------
 
-    async def _check(self) -> None:
-        """Look at the image before anything is touched.
+    async def _check(self, *, dry_run: bool) -> None:
+        """Look at what is to be opened before anything is touched, and prepare the record.
 
         In standby an I/O error decides nothing: an error may stick to the file until the old
         descriptors are closed.
         """
+        if self.device.recording.locked():
+            raise BusyError(
+                "an earlier recovery still hangs in changing the name of a file",
+                field="device",
+                value=self.device.name,
+                hint="wait until its file system has answered",
+            )
         try:
-            await self._examine()
+            await self._look(thorough=True)
+            self.looked = True
+            record = self.plan.record
+            self.prepared = not dry_run
+            await self._recording(record.check if dry_run else record.prepare, self.deadlines.check)
         except PloopError as error:
-            if self.device.gate.state is GateState.ACTIVE or is_conclusive(error):
+            if dry_run or self.device.gate.state is GateState.ACTIVE or is_conclusive(error):
                 raise
             self._did(Step.CHECK, f"postponed: {error}")
         else:
@@ -227,12 +258,13 @@ class _Replacement:
         self._did(Step.CLOSE, f"ignored: {problem}" if problem else "")
 
     async def _open(self) -> OpenedVolume:
-        """Open, lock and verify the new top, and mark it as in use (synced)."""
-        device = self.device
-        await self._examine()
-        image, top = (device.image, self.image) if device.has_descriptor else (self.image, None)
+        """Open, lock and verify the new files, and mark the top as in use (synced)."""
+        plan, device = self.plan, self.device
+        await self._look(thorough=not self.looked)
         self.untouched = False
-        return await device.open_volume(image, top, device.volume, self.deadlines.open)
+        return await device.open_volume(
+            plan.opens, plan.substitutes, device.volume, self.deadlines.open
+        )
 
     async def _replay(self, volume: Volume) -> None:
         """Write again what was acknowledged and may have been lost with the old storage."""
@@ -255,16 +287,19 @@ class _Replacement:
             raise self._timeout(Step.PROBE, self.deadlines.probe)
         self._did(Step.PROBE)
 
+    async def _record(self) -> None:
+        """Whoever opens the device after a crash from here on finds the new image."""
+        told = await self._recording(self.plan.record.commit, self.deadlines.record)
+        self.prepared = False
+        self._did(Step.RECORD, told)
+
     def _swap(self, opened: OpenedVolume) -> None:
         """No checkpoint from here on: the rest happens as a whole."""
         device = self.device
         device.gate.swap(device.under_gate(opened.volume))
         device.install(opened)
         self.opened = None
-        if device.has_descriptor:
-            device.top = self.image
-        else:
-            device.image = self.image
+        self.plan.adopted(device)
         self._did(Step.SWAP)
         parked = device.gate.parked_count
         device.gate.leave_standby()
@@ -272,52 +307,47 @@ class _Replacement:
 
     # -- helpers ---------------------------------------------------------------------------
 
-    async def _examine(self) -> None:
-        """Read the image's header and compare it with the device."""
-        device = self.device
-        volume = device.volume
-        looking = partial(
-            inspect,
-            self.image,
-            raw=volume.format_version == 0,
-            image_format=ImageFormat.RAW if device.has_descriptor else device.options.open.format,
-            layer=device.env.layer,
+    async def _look(self, *, thorough: bool) -> None:
+        await self._in_thread(
+            partial(self.plan.look, self.device.hung_operations(), thorough=thorough),
+            self.deadlines.check,
+            f"looking at {self.plan.subject}",
         )
-        candidate = await disownable(
-            looking,
-            deadline=self.deadlines.check,
-            what=f"looking at {self.image}",
-            undo=lambda _: None,
-            limiter=device.env.open_limiter,
-        )
-        require_fit(
-            candidate,
-            Requirements(
-                format_version=volume.format_version,
-                size=device.gate.size,
-                cluster_size=device.gate.cluster_size,
-                top=device.top_inode,
-                lower=frozenset(volume.inode_numbers() - {device.top_inode}),
-                force=self.force,
-            ),
-        )
-        require_quiet(candidate, device.hung_operations())
 
-    async def _keep_identity(self) -> None:
-        """Let the new image be the same disk when it is served again later; best effort."""
-        device = self.device
-        if device.has_descriptor or device.volume.read_only:
-            return
-        try:
-            await disownable(
-                partial(keep_identity, self.image, device.identity),
-                deadline=self.deadlines.check,
-                what="keeping the identity",
-                undo=lambda _: None,
-                limiter=device.env.open_limiter,
-            )
-        except PloopError as error:
-            device.gate.report(EventKind.REPLACE_STEP, step="identity", detail=str(error))
+    async def _recording(self, change: Callable[[], T], deadline: float) -> T:
+        """Call what changes names.  A call that hangs keeps every other one from beginning."""
+        lock = self.device.recording
+
+        def alone() -> T:
+            if not lock.acquire(blocking=False):
+                raise BusyError(
+                    "an earlier change of a file's name still hangs", path=self.plan.subject
+                )
+            try:
+                return change()
+            finally:
+                lock.release()
+
+        return await self._in_thread(alone, deadline, f"recording {self.plan.subject}")
+
+    async def _in_thread(self, blocking: Callable[[], T], deadline: float, what: str) -> T:
+        return await disownable(
+            blocking,
+            deadline=deadline,
+            what=what,
+            undo=lambda _: None,
+            limiter=self.device.env.open_limiter,
+        )
+
+    async def _discard(self) -> None:
+        """Leave nothing of the record behind, unless its storage hangs."""
+        with trio.CancelScope(shield=True):  # bounded by the deadline
+            try:
+                await self._recording(self.plan.record.discard, self.deadlines.check)
+            except PloopError as error:
+                self.device.gate.report(
+                    EventKind.REPLACE_STEP, step="discard", detail=f"ignored: {error}"
+                )
 
     async def _give_up(self, failure: BaseException) -> None:
         """Leave nothing behind but a device in standby."""
@@ -326,18 +356,30 @@ class _Replacement:
                 await self.device.close_volume(self.opened, self.deadlines.close)
         self.device.gate.fail_recovery(failure, untouched=self.untouched)
 
-    def _did(self, step: Step, detail: str = "") -> None:
-        record = StepRecord(step=step, elapsed=trio.current_time() - self.started, detail=detail)
-        self.steps.append(record)
-        self.device.gate.report(
-            EventKind.REPLACE_STEP, step=step.value, elapsed=record.elapsed, detail=detail
+    def _tell_the_rest(self) -> None:
+        told = intentions(self.plan, self.device)
+        for step in Step:
+            if step is not Step.CHECK:
+                self._did(step, told.get(step.value, ""), planned=True)
+
+    def _did(self, step: Step, detail: str = "", *, planned: bool = False) -> None:
+        record = StepRecord(
+            step=step,
+            elapsed=trio.current_time() - self.started,
+            detail=detail,
+            planned=planned,
         )
+        self.steps.append(record)
+        if not planned:
+            self.device.gate.report(
+                EventKind.REPLACE_STEP, step=step.value, elapsed=record.elapsed, detail=detail
+            )
         if self.on_step is not None:
             self.on_step(record)
 
     def _timeout(self, step: Step, seconds: float) -> PloopError:
         return PloopError(
             f"{step.value} took longer than {seconds:g} s",
-            path=self.image,
+            path=self.plan.subject,
             exit_code=ExitCode.TIMEOUT,
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -56,6 +57,14 @@ class DiskFiles:
     cluster_size: int | None
     key: str | None = None
 
+    def substituted(self, substitutes: Mapping[str, str]) -> DiskFiles:
+        """With other files, GUID → path, in the place of those that the descriptor names."""
+        images = []
+        for image in self.images:
+            other = None if image.guid is None else substitutes.get(image.guid)
+            images.append(image if other is None else replace(image, path=other, root=None))
+        return replace(self, images=tuple(images))
+
     @property
     def descriptor(self) -> str | None:
         """The descriptor's path."""
@@ -86,8 +95,13 @@ def locate(path: str, image_root: Path | None, image_format: ImageFormat) -> Dis
     return DiskFiles(path=path, images=(single,), size=None, cluster_size=None)
 
 
+def descriptor_path(path: str) -> str:
+    """The descriptor of a disk that was opened by `path`: the file itself, or in that directory."""
+    return os.path.join(path, DESCRIPTOR_NAME) if os.path.isdir(path) else path
+
+
 def _from_descriptor(path: str, image_root: Path | None) -> DiskFiles:
-    data = _read_descriptor(path)
+    data = read_descriptor(path)
     try:
         descriptor = parse_descriptor(data, file=path)
         entries = chain(descriptor, file=path)
@@ -98,7 +112,7 @@ def _from_descriptor(path: str, image_root: Path | None) -> DiskFiles:
     directory = Path(path).absolute().parent
     images = []
     for entry in entries:
-        root, name = _rooted(entry.file, directory, image_root)
+        root, name = rooted(entry.file, directory, image_root)
         kind = ImageFormat.RAW if entry.type is ImageType.PLAIN else ImageFormat.PLOOP
         images.append(ImageFile(path=name, root=root, format=kind, guid=entry.guid))
     return DiskFiles(
@@ -116,11 +130,11 @@ def _key_of(descriptor: Descriptor) -> str | None:
     return key if key is not None and key.strip("{}-0 \t\r\n") else None
 
 
-def _rooted(name: str, directory: Path, image_root: Path | None) -> tuple[Path, str]:
+def rooted(name: str, directory: Path, image_root: Path | None) -> tuple[Path, str]:
     """The directory that file `name` of a descriptor must lie beneath, and its path from there.
 
-    That is the descriptor's own, or the configured root that the directory is beneath: then names
-    may lead out of the one as long as they stay in the other.
+    `directory`: the descriptor's own, absolute.  That is the root, or the configured one that the
+    directory is beneath: then names may lead out of the one as long as they stay in the other.
     """
     if image_root is None:
         return directory, name
@@ -136,8 +150,11 @@ def _rooted(name: str, directory: Path, image_root: Path | None) -> tuple[Path, 
     return root, str(joined.relative_to(root))
 
 
-def _read_descriptor(path: str) -> bytes:
-    """The descriptor's bytes, at most one more than is allowed, so that the parser refuses them."""
+def read_descriptor(path: str) -> bytes:
+    """The descriptor's bytes, at most one more than is allowed, so that the parser refuses them.
+
+    Raises UnsupportedError for anything but a regular file, and what `errors.open_error` says.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:

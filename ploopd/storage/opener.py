@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import trio
@@ -43,6 +45,7 @@ from ploopd.storage.sync_group import SyncGroup
 from ploopd.storage.volume import Volume
 
 PREALLOCATION: Final = 128 << 20
+NO_SUBSTITUTES: Final[Mapping[str, str]] = MappingProxyType({})
 
 _ZEROS: Final = 1 << 20
 _COPY_MEMORY: Final = 64 << 20
@@ -75,25 +78,24 @@ def open_volume(
     engine: IoEngine,
     *,
     layer: OsLayer = REAL,
-    top: str | None = None,
+    substitutes: Mapping[str, str] = NO_SUBSTITUTES,
     inherit: Volume | None = None,
 ) -> Volume:
     """Open the disk at `path`: a delta, a raw file, a DiskDescriptor.xml or its directory.
 
-    `top`: a file that takes the place of the chain's top delta.  `inherit`: the volume that this
-    one replaces; its identity is kept, and files that it still has locked need not be free.
+    `substitutes`: files that take the place of those that a descriptor names, by GUID.  `inherit`:
+    the volume that this one replaces; its identity is kept, and files that it still has locked need
+    not be free.
 
     Raises `PloopError` of the kind that says whose fault it is; the files are as they were then.
     """
     name = os.fspath(path)
-    files = locate(name, options.image_root, options.format)
-    if top is not None:
-        files = _with_top(files, top)
+    files = locate(name, options.image_root, options.format).substituted(substitutes)
     opener = _Opener(options, engine, layer, inherit)
     stack = opener.open(files)
     try:
         stack.verify()
-        _verify_descriptor(files, stack)
+        verify_descriptor(files, stack)
         cluster_map, sources, report = stack.load_map()
         if inherit is not None:
             identity = inherit.identity
@@ -112,24 +114,22 @@ def open_volume(
     return Volume(core, stack, engine, path=name, identity=identity, notes=notes)
 
 
-def open_stack(path: str | os.PathLike[str], *, locking: bool = True) -> tuple[DiskFiles, Stack]:
+def open_stack(
+    path: str | os.PathLike[str],
+    *,
+    locking: bool = True,
+    options: OpenOptions | None = None,
+    substitutes: Mapping[str, str] = NO_SUBSTITUTES,
+    layer: OsLayer = REAL,
+) -> tuple[DiskFiles, Stack]:
     """The files of the disk at `path` opened for blocking reads, not yet compared with each other.
 
     `locking` False also opens what is being written to elsewhere: right for a look at the headers.
-    Raises like `open_volume`.
+    `substitutes`: as for `open_volume`.  Raises like `open_volume`.
     """
-    options = OpenOptions(read_only=True)
-    files = locate(os.fspath(path), options.image_root, options.format)
-    return files, _Opener(options, None, REAL, None, locking).open(files)
-
-
-def _with_top(files: DiskFiles, top: str) -> DiskFiles:
-    old = files.images[-1]
-    single = len(files.images) == 1
-    image = ImageFile(
-        path=top, root=None, format=old.format if single else ImageFormat.PLOOP, guid=old.guid
-    )
-    return replace(files, images=(*files.images[:-1], image))
+    options = replace(options or OpenOptions(), read_only=True)
+    files = locate(os.fspath(path), options.image_root, options.format).substituted(substitutes)
+    return files, _Opener(options, None, layer, None, locking).open(files)
 
 
 class _Opener:
@@ -262,7 +262,7 @@ def _close(file: File) -> None:
         file.close()
 
 
-def _verify_descriptor(files: DiskFiles, stack: Stack) -> None:
+def verify_descriptor(files: DiskFiles, stack: Stack) -> None:
     """Raise DescriptorError if the descriptor speaks of another disk than the files."""
     if files.size is None:
         return

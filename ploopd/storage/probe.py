@@ -17,7 +17,9 @@ from typing import Final
 from image_format import HEADER_SIZE, SECTOR, VERSIONS
 from ploopd.errors import ImageFormatError
 
-_MAGICS: Final = tuple(version.magic for version in VERSIONS.values())
+MAGICS: Final = tuple(version.magic for version in VERSIONS.values())
+"""How ploop images begin."""
+
 _FIELDS: Final = struct.Struct("<16sIIIIIQIIIQ")
 _DELTA_NAME: Final = re.compile(r"\.(hds|hdd|ploop)(\.|$)", re.IGNORECASE)
 _FOREIGN: Final = (
@@ -45,7 +47,7 @@ def probe_format(start: bytes, path: str) -> ImageFormat:
 
     Raises ImageFormatError if it looks like a damaged delta, or like another format.
     """
-    if start.startswith(_MAGICS):
+    if start.startswith(MAGICS):
         return ImageFormat.PLOOP
     for magic, name in _FOREIGN:
         if start.startswith(magic):

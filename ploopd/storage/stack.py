@@ -31,13 +31,20 @@ RAW_CLUSTER: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerInfo:
-    """One file of the chain; `level` 0 is the top, `kind` "ploop" or "raw", `version` 0 for raw."""
+    """One file of the chain; `level` 0 is the top, `kind` "ploop" or "raw", `version` 0 for raw.
+
+    `size` in bytes of the disk as this file has it; `inode`: device and inode number; `io`: how it
+    is read and written (`fileio.policy.Policy`).
+    """
 
     path: str
     kind: str
+    io: str
     guid: str | None
     version: int
     level: int
+    size: int
+    inode: tuple[int, int]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -104,9 +111,12 @@ class Stack:
             LayerInfo(
                 path=layer.file.path,
                 kind=layer.kind,
+                io=layer.file.policy.value,
                 guid=layer.guid,
                 version=0 if layer.delta is None else layer.delta.header.version,
                 level=level,
+                size=layer.size,
+                inode=layer.inode,
             )
             for level, layer in enumerate(self.layers)
         ]
@@ -214,6 +224,11 @@ class Stack:
         if rest:
             self.top.file.truncate((whole + 1) * self.cluster_size)
             self.completed_cluster = whole
+
+    def renamed(self, level: int, path: str) -> list[LayerInfo]:
+        """The file of `level` is called `path` from now on; returns what `describe` says then."""
+        self.layers[level].file.path = path
+        return self.describe()
 
     def probe_bytes(self) -> int:
         """How many bytes at the start of the top are rewritten to see whether it can be written."""

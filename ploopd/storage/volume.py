@@ -293,6 +293,10 @@ class Volume:
         self._stack.abandon()
         self._core.requests.abandoned()
 
+    def renamed(self, level: int, path: str) -> None:
+        """The file of `level` was given another name while it is open."""
+        self.layers = self._stack.renamed(level, path)
+
     @property
     def filesystem(self) -> str:
         """The type of the file system that the top is on, "unknown" if nobody says."""

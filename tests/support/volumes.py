@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ploopd.errors import StorageError
 from ploopd.fileio.engine import IoEngine, make_engine
 from ploopd.fileio.oslayer import REAL, OsLayer
 from ploopd.storage.device import Done, Pending
-from ploopd.storage.opener import OpenOptions, open_volume
+from ploopd.storage.opener import NO_SUBSTITUTES, OpenOptions, open_volume
 from ploopd.storage.volume import Volume
 
 DEADLINE = 30.0
@@ -103,14 +103,16 @@ async def open_disk(
     layer: OsLayer = REAL,
     inline: bool = True,
     close: bool = True,
-    top: str | None = None,
+    substitutes: Mapping[str, str] = NO_SUBSTITUTES,
     inherit: Volume | None = None,
     **options: Any,
 ) -> AsyncIterator[Disk]:
     """Open, run and close a volume; with `close` False it is abandoned instead, as by a crash."""
     chosen = OpenOptions(**options)
     volume = await trio.to_thread.run_sync(
-        lambda: open_volume(path, chosen, engine, layer=layer, top=top, inherit=inherit)
+        lambda: open_volume(
+            path, chosen, engine, layer=layer, substitutes=substitutes, inherit=inherit
+        )
     )
     async with trio.open_nursery() as nursery:
         await nursery.start(volume.run)

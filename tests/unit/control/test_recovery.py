@@ -154,14 +154,15 @@ async def test_a_fault_in_a_copy_on_write_is_survived_by_a_new_top(
             faulty.clear()
             copy = await trio.to_thread.run_sync(copy_of, tmp_path / "top.hds")
             await replace(device, str(copy), force=True)
-        assert (device.image, device.top) == (str(descriptor), str(copy))
+        assert (device.image, device.substitutes) == (str(descriptor), {})
+        assert [each.path for each in device.volume.layers][0] == str(copy)
         found = await read(device, 5 * CLUSTER, CLUSTER)
         assert found == b"\x06" * 4096 + b"n" * 4096 + b"\x06" * (CLUSTER - 8192)
         again = copy.with_name("third.hds")
         shutil.copyfile(copy, again)
         await replace(device, str(again), force=True)
         assert await read(device, 5 * CLUSTER, CLUSTER) == found
-        with pytest.raises(UsageError, match="lower delta"):
+        with pytest.raises(UsageError, match="delta of level 1"):
             await replace(device, str(tmp_path / "base.hds"), force=True)
 
 

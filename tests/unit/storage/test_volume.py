@@ -409,7 +409,9 @@ def test_replacing_the_top_reads_everything_anew(shm: Path) -> None:
             with pytest.raises(StorageError):
                 await old.read(0, 512)
             old.volume.abandon()
-            async with open_disk(path, engine, top=str(new), inherit=old.volume) as disk:
+            async with open_disk(
+                path, engine, substitutes={images.guid(1): str(new)}, inherit=old.volume
+            ) as disk:
                 assert disk.volume.identity == identity
                 await disk.volume.probe_write()
                 assert await disk.read(0, 512) == b"\x01" * 512
