@@ -6,8 +6,8 @@ import os
 
 from tests.support.episodes import play
 
-EPISODES = int(os.environ.get("PLOOPD_EPISODES", "2000"))
-"""How many; a longer run sets the variable (100,000 take about ten minutes)."""
+EPISODES = int(os.environ.get("PLOOPD_EPISODES", "400"))
+"""How many; tests/property/test_virtual.py plays many more, without an event loop."""
 
 
 def test_no_episode_contradicts_the_model() -> None:
