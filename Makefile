@@ -4,6 +4,7 @@
 #   make test          everything, with the peers and the user-mode-linux guest
 #   make kernel        only the tests in the user-mode-linux guest
 #   make check         style, types, layers and the quick tests
+#   make torture       the long programmes of RELIABILITY.md, as far as they are not done [TORTURE_ARGS=…]
 #   make bench         ploopd, tgtd and qemu-storage-daemon side by side
 #   make setup         the virtual environment for all of them; make clean removes it
 
@@ -17,9 +18,10 @@ IMAGE ?=
 PORTAL ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+TORTURE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test kernel check bench clean
+.PHONY: help setup run test kernel check torture bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -41,6 +43,9 @@ check: $(VENV)/.stamp-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q -m "not slow and not functional and not kernel" tests/unit
+
+torture: $(VENV)/.stamp-test
+	$(BIN)/python -m tests.torture $(TORTURE_ARGS)
 
 bench: $(VENV)/.stamp-bench
 	$(BIN)/python -m bench $(BENCH_ARGS)
