@@ -55,6 +55,10 @@ class Command:
     lost: bool = False
     release: int = 0
 
+    def __str__(self) -> str:
+        fua = " fua" if self.fua else ""
+        return f"command {self.number} ({self.op} {self.first}..{self.end}{fua})"
+
     @property
     def offset(self) -> int:
         return self.first * BLOCK

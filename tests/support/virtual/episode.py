@@ -162,8 +162,8 @@ class Episode:
             self.device.sick = 0
             if self.gate.state is not GateState.ACTIVE:
                 self.conclude()
-            elif self.device.outstanding:
-                self.result(self.device.outstanding[0], 0)
+            elif run := next((run for run in self.device.outstanding if run.kicked), None):
+                self.result(run, 0)
             elif not self.open:
                 return
             else:
