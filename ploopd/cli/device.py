@@ -16,7 +16,7 @@ from ploopd.units import format_size, format_size_exact
 
 if TYPE_CHECKING:
     from ploopd.control.client import ControlClient
-    from ploopd.control.messages import DeviceDetails
+    from ploopd.control.messages import DeviceDetails, JournalDetails
 
 _DEVICE = click.argument("device", shell_complete=complete_device)
 
@@ -93,11 +93,19 @@ def _echo_details(details: DeviceDetails) -> None:
             details.state if details.reason is None else f"{details.state}: {details.reason}",
         ),
         ("parked", f"{details.parked_requests} requests, {format_size(details.parked_bytes)}"),
+        ("journal", "off" if details.journal is None else _journal(details.journal)),
     ]
     fields += [("url", url) for url in details.urls]
     fields += [(f"layer {one.level}", f"{one.path} ({one.kind})") for one in details.layers]
     fields += [("note", note) for note in details.notes]
     echo_fields(fields)
+
+
+def _journal(journal: JournalDetails) -> str:
+    return (
+        f"{journal.requests} requests, {format_size(journal.data)}; "
+        f"{format_size(journal.used)} of {format_size(journal.limit)} used"
+    )
 
 
 @device.command()

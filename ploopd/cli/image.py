@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from ploopd.cli.errors import report as report_error
+from ploopd.cli.options import parse_size_option
 from ploopd.cli.render import echo_fields, echo_json, echo_table
-from ploopd.errors import CorruptImageError, PloopError, UnsupportedError, UsageError
-from ploopd.units import format_size, format_size_exact, parse_size
+from ploopd.errors import CorruptImageError, PloopError, UnsupportedError
+from ploopd.units import format_size, format_size_exact
 
 if TYPE_CHECKING:
     from ploopd.storage.check import CheckReport, Repair
@@ -37,17 +38,6 @@ OUTPUT = click.option(
     help="Format of stdout; table is the same as human.",
 )
 IMAGE = click.argument("image_path", metavar="IMAGE")
-
-
-def parse_size_option(context: click.Context, parameter: click.Parameter, value: str) -> int:
-    """Callback of an option that takes a size with a binary unit."""
-    try:
-        return parse_size(value)
-    except UsageError as error:
-        hint = error.hint or "use a smaller unit"
-        raise click.BadParameter(
-            f"{value!r} {error.message}; {hint}", context, parameter
-        ) from error
 
 
 class CheckCommand(click.Command):

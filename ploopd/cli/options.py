@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+from ploopd.errors import UsageError
+from ploopd.units import parse_size
+
 DEFAULT_TIMEOUT = 30.0
 LONGEST_TIMEOUT = 7 * 24 * 3600.0
 
@@ -50,3 +53,14 @@ def seconds_or_forever(
             f"{value!r} is neither a positive number of seconds nor `forever`", context, parameter
         )
     return seconds
+
+
+def parse_size_option(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    """Callback of an option that takes a size with a binary unit."""
+    try:
+        return parse_size(value)
+    except UsageError as error:
+        hint = error.hint or "use a smaller unit"
+        raise click.BadParameter(
+            f"{value!r} {error.message}; {hint}", context, parameter
+        ) from error

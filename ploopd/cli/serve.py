@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ploopd.cli.hints import usage_hints
-from ploopd.cli.options import ON_OFF, seconds_or_forever
+from ploopd.cli.options import ON_OFF, parse_size_option, seconds_or_forever
 
 if TYPE_CHECKING:
     from ploopd.config import ServeConfig
@@ -82,6 +82,22 @@ if TYPE_CHECKING:
     help="A request parked for longer is answered BUSY, for the initiator to repeat.",
 )
 @click.option(
+    "--journal",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Keep acknowledged writes in memory until they are flushed, for `device replace`; auto: "
+    "for images on network file systems and FUSE.",
+)
+@click.option(
+    "--journal-size",
+    callback=parse_size_option,
+    default="64M",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory that the journal of a disk may use; a flush is forced before it is full.",
+)
+@click.option(
     "--image-root",
     type=click.Path(readable=False, path_type=Path),
     metavar="DIR",
@@ -128,6 +144,8 @@ def serve(
     cache: str,
     io: str,
     park_max: float | None,
+    journal: str,
+    journal_size: int,
     image_root: Path | None,
     chap_files: tuple[str, ...],
     acl: tuple[str, ...],
@@ -160,6 +178,8 @@ def serve(
         cache="none" if cache == "none" else "writeback",
         io=io,  # type: ignore[arg-type]  # click has checked it
         park_max=park_max,
+        journal=journal,  # type: ignore[arg-type]  # click has checked it
+        journal_size=journal_size,
         image_root=image_root,
     )
     config = ServeConfig(

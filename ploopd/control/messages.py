@@ -58,11 +58,22 @@ class Layer(Message, frozen=True, kw_only=True):
     version: int | None = None
 
 
+class JournalDetails(Message, frozen=True, kw_only=True):
+    """What is kept of acknowledged writes that are not flushed: requests, bytes of data and of
+    memory (`used`), and how much memory it may be (`limit`)."""
+
+    requests: int
+    data: int
+    used: int
+    limit: int
+
+
 class DeviceDetails(Message, frozen=True, kw_only=True):
     """Everything that is known of a device without touching its storage.
 
     `state` is the gate's: `active`, `standby` or `recovering`.  `reason` says why it is not active.
     `format_version` is 0 for a raw image.  `notes` are what was found or repaired at open.
+    `journal` is None when the journal is off.
     """
 
     name: str
@@ -81,6 +92,7 @@ class DeviceDetails(Message, frozen=True, kw_only=True):
     allocated: int
     layers: list[Layer]
     notes: list[str]
+    journal: JournalDetails | None = None
 
 
 class ShowReply(Message, frozen=True, kw_only=True):

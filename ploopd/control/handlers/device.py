@@ -82,6 +82,17 @@ def details(context: ControlContext, device: Device) -> messages.DeviceDetails:
             for layer in volume.layers
         ],
         notes=list(volume.notes),
+        journal=journal_details(device),
+    )
+
+
+def journal_details(device: Device) -> messages.JournalDetails | None:
+    """What the journal holds, None if it is off."""
+    status = device.journaling.status
+    if status is None:
+        return None
+    return messages.JournalDetails(
+        requests=status.requests, data=status.data, used=status.used, limit=status.limit
     )
 
 

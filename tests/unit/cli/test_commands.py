@@ -46,6 +46,7 @@ DETAILS = messages.DeviceDetails(
     allocated=5 << 20,
     layers=[messages.Layer(path="/vz/root.hds", kind="ploop", level=0, version=2)],
     notes=["was not closed cleanly"],
+    journal=messages.JournalDetails(requests=3, data=12288, used=13056, limit=64 << 20),
 )
 
 
@@ -194,6 +195,7 @@ def test_show(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines["size"].strip() == "10 GiB (10,737,418,240 bytes)"
     assert lines["state"].strip() == "standby: write failed"
     assert lines["parked"].strip() == "3 requests, 12 KiB"
+    assert "3 requests, 12 KiB; 12.75 KiB of 64 MiB used" in result.out
     shown = call(
         capsys, ploopctl, "--control", daemon.path, "device", "show", "root", "--output=json"
     )

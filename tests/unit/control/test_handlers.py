@@ -16,10 +16,11 @@ from ploopd.control.context import ControlContext
 from ploopd.control.event_log import EventLog
 from ploopd.control.handlers import all_operations
 from ploopd.control.server import Operation
-from ploopd.devices import DeviceTable, Environment
+from ploopd.devices import DeviceOptions, DeviceTable, Environment
 from ploopd.errors import BusyError, ExitCode, NotFoundError, PloopError, UsageError
 from ploopd.fileio.engine import make_engine
 from ploopd.storage.create import create_image
+from ploopd.storage.journaling import JournalMode
 from scst_shim import StandbyCheck
 
 SIZE = 16 << 20
@@ -61,7 +62,7 @@ class Daemon:
 
 
 @contextlib.asynccontextmanager
-async def running(directory: Path) -> AsyncIterator[Daemon]:
+async def running(directory: Path, options: DeviceOptions | None = None) -> AsyncIterator[Daemon]:
     create_image(directory / "disk.hds", SIZE)
     engine = make_engine("threads")
     check = StandbyCheck()
@@ -71,7 +72,7 @@ async def running(directory: Path) -> AsyncIterator[Daemon]:
     async with trio.open_nursery() as nursery:
         await nursery.start(engine.run)
         await nursery.start(table.run)
-        device = await table.add(str(directory / "disk.hds"))
+        device = await table.add(str(directory / "disk.hds"), options)
         device.bind()
         yield Daemon(table)
         assert await table.close() == []
@@ -111,6 +112,29 @@ async def test_info_list_and_show(tmp_path: Path) -> None:
         assert (device.state, device.reason, device.parked_requests) == ("active", None, 0)
         assert [layer.path for layer in device.layers] == [str(tmp_path / "disk.hds")]
         assert uuid.UUID(device.identity).version is not None
+
+
+@pytest.mark.trio
+async def test_show_says_how_full_the_journal_is(tmp_path: Path) -> None:
+    async def shown(daemon: Daemon) -> messages.JournalDetails | None:
+        reply = await daemon.call("ShowDevice", messages.DeviceName(name="disk"))
+        assert isinstance(reply, messages.ShowReply)
+        return reply.device.journal
+
+    options = DeviceOptions(journal=JournalMode.ON, journal_size=1 << 20)
+    async with running(tmp_path, options) as daemon:
+        device = daemon.devices.get("disk")
+        ended = trio.Event()
+        device.gate.write(0, memoryview(b"a" * 4096), lambda _: ended.set())
+        device.gate.kick()
+        await ended.wait()
+        journal = await shown(daemon)
+        assert journal is not None
+        assert (journal.requests, journal.data, journal.limit) == (1, 4096, 1 << 20)
+        assert journal.data < journal.used < journal.data + 1024
+    (tmp_path / "disk.hds").unlink()
+    async with running(tmp_path, DeviceOptions(journal=JournalMode.OFF)) as daemon:
+        assert await shown(daemon) is None
 
 
 @pytest.mark.trio
