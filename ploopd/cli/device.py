@@ -1,14 +1,14 @@
-"""`ploopctl device`: list, show, replace, standby."""
+"""`ploopctl device`: list, show, standby; what recovers a device is in `device_recovery`."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ploopd.cli.completion import complete_device
+from ploopd.cli.device_recovery import clear_latch, reload, replace
 from ploopd.cli.options import TIMEOUT
 from ploopd.cli.render import OUTPUT, echo_fields, echo_json, echo_table
 from ploopd.errors import UsageError
@@ -24,6 +24,11 @@ _DEVICE = click.argument("device", shell_complete=complete_device)
 @click.group()
 def device() -> None:
     """The disks of a running daemon."""
+
+
+device.add_command(replace)
+device.add_command(reload)
+device.add_command(clear_latch)
 
 
 def _client(control: Path | None, timeout: float) -> ControlClient:
@@ -92,6 +97,7 @@ def _echo_details(details: DeviceDetails) -> None:
             "state",
             details.state if details.reason is None else f"{details.state}: {details.reason}",
         ),
+        ("latched", details.latched or "no"),
         ("parked", f"{details.parked_requests} requests, {format_size(details.parked_bytes)}"),
         ("journal", "off" if details.journal is None else _journal(details.journal)),
     ]
@@ -106,38 +112,6 @@ def _journal(journal: JournalDetails) -> str:
         f"{journal.requests} requests, {format_size(journal.data)}; "
         f"{format_size(journal.used)} of {format_size(journal.limit)} used"
     )
-
-
-@device.command()
-@_DEVICE
-@click.option(
-    "--image",
-    required=True,
-    type=click.Path(readable=False),
-    help="The file that becomes the top delta.",
-)
-@click.option("--force", is_flag=True, help="Accept an image that was not closed cleanly.")
-@TIMEOUT
-@click.pass_obj
-def replace(control: Path | None, device: str, image: str, force: bool, timeout: float) -> None:
-    """Put another top delta, or the same one again, under DEVICE.
-
-    Ends the standby of DEVICE: parked requests are executed on the new delta, in their order. Each
-    step is printed on stderr when it is done. When a step fails the device stays in standby and
-    replace can be tried again.
-    """
-    from ploopd.control import messages
-
-    # The daemon has another working directory.
-    parameters = messages.ReplaceParameters(name=device, image=os.path.abspath(image), force=force)
-    with _client(control, timeout) as client:
-        for step in client.stream(
-            messages.REPLACE_DEVICE,
-            messages.ReplaceStep,
-            parameters,
-            waiting=f"the next step of replacing {device}",
-        ):
-            click.echo(f"{step.elapsed:8.3f} s  {step.step}", err=True)
 
 
 @device.command()

@@ -92,6 +92,7 @@ class DeviceDetails(Message, frozen=True, kw_only=True):
     allocated: int
     layers: list[Layer]
     notes: list[str]
+    latched: str | None = None
     journal: JournalDetails | None = None
 
 
@@ -100,22 +101,75 @@ class ShowReply(Message, frozen=True, kw_only=True):
 
 
 class ReplaceParameters(Message, frozen=True, kw_only=True):
-    """Put `image` under the device instead of its top delta; `force` accepts an unclean image."""
+    """Put `image` under the device instead of one of its deltas.
+
+    Which: the top, or the delta of `level` (0 is the top) or `guid`.  `force` accepts an unclean
+    image, `keep_name` renames `image` to the old file's name, `keep_descriptor` leaves the
+    DiskDescriptor.xml as it is, `dry_run` only checks.
+    """
 
     name: str
     image: str
     force: bool = False
+    level: int | None = None
+    guid: str | None = None
+    keep_name: bool = False
+    keep_descriptor: bool = False
+    dry_run: bool = False
+
+
+class ReloadParameters(Message, frozen=True, kw_only=True):
+    """Close all files of the device and open them again; `dry_run` only checks."""
+
+    name: str
+    dry_run: bool = False
+
+
+class RecoveryStep(Message, frozen=True, kw_only=True):
+    """A step that was done, or in a dry run what it would do."""
+
+    step: str
+    elapsed: float
+    detail: str = ""
+
+
+class RecoveryReport(Message, frozen=True, kw_only=True):
+    """A recovery that has succeeded, or would (`dry_run`).
+
+    `image` is what is served now in the place of `previous`; `level` is None when everything was
+    opened again.
+    """
+
+    device: str
+    image: str
+    previous: str
+    identity: str
+    level: int | None
+    guid: str | None
+    dry_run: bool
+    elapsed: float
+    steps: list[RecoveryStep]
 
 
 class ReplaceStep(Message, frozen=True, kw_only=True):
-    """One step of a replacement, sent when it is done; the last reply has `image` set.
+    """One step of a recovery, sent when it is done; the last reply has `image` and `report` set.
 
-    `elapsed` counts from the call.
+    `elapsed` counts from the call.  `planned`: a dry run; the step was not done, and `detail` says
+    what it would do.
     """
 
     step: str
     elapsed: float
+    detail: str = ""
+    planned: bool = False
     image: str | None = None
+    report: RecoveryReport | None = None
+
+
+class ClearLatchReply(Message, frozen=True, kw_only=True):
+    """The failure that had made the device read-only."""
+
+    failure: str
 
 
 class StandbyState(Message, frozen=True, kw_only=True):
@@ -222,8 +276,21 @@ REPLACE_DEVICE = Method(
     name="ReplaceDevice",
     parameters=ReplaceParameters,
     reply=ReplaceStep,
-    help="Replace the top delta. With `more`, one reply for each step.",
+    help="Replace a delta. With `more`, one reply for each step.",
     more=True,
+)
+RELOAD_DEVICE = Method(
+    name="ReloadDevice",
+    parameters=ReloadParameters,
+    reply=ReplaceStep,
+    help="Open all files of a device again. With `more`, one reply for each step.",
+    more=True,
+)
+CLEAR_LATCH = Method(
+    name="ClearLatch",
+    parameters=DeviceName,
+    reply=ClearLatchReply,
+    help="Let a device be written to again that a storage failure has made read-only.",
 )
 STANDBY_SHOW = Method(
     name="StandbyShow",
@@ -263,6 +330,8 @@ METHODS: tuple[Method, ...] = (
     LIST_DEVICES,
     SHOW_DEVICE,
     REPLACE_DEVICE,
+    RELOAD_DEVICE,
+    CLEAR_LATCH,
     STANDBY_SHOW,
     STANDBY_ENTER,
     STANDBY_LEAVE,

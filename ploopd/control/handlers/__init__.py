@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from ploopd.control.context import ControlContext
-from ploopd.control.handlers import device, events, info, standby
+from ploopd.control.handlers import device, events, info, recovery, standby
 from ploopd.control.server import Operation
 
 
@@ -15,6 +15,7 @@ def all_operations(context: ControlContext) -> list[Operation]:
     return [
         *info.operations(context),
         *device.operations(context),
+        *recovery.operations(context),
         *standby.operations(context),
         *events.operations(context),
     ]

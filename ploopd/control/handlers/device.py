@@ -1,23 +1,14 @@
-"""ListDevices, ShowDevice, ReplaceDevice.
+"""ListDevices, ShowDevice.
 
-The first two answer from memory: they must work while the storage of a device hangs.
+They answer from memory: they must work while the storage of a device hangs.
 """
 
 from __future__ import annotations
 
-import contextlib
-
-import trio
-
 from ploopd.control import messages
 from ploopd.control.context import ControlContext
-from ploopd.control.recovery import StepRecord, replace
 from ploopd.control.server import Operation, Send
 from ploopd.devices import Device
-from ploopd.errors import PloopError
-
-_STEPS = 256
-"""Steps that are kept for a client that does not read them."""
 
 
 def operations(context: ControlContext) -> list[Operation]:
@@ -29,15 +20,9 @@ def operations(context: ControlContext) -> list[Operation]:
     async def show(parameters: messages.DeviceName, _send: Send) -> messages.ShowReply:
         return messages.ShowReply(device=details(context, context.find(parameters.name)))
 
-    async def replace_device(
-        parameters: messages.ReplaceParameters, send: Send
-    ) -> messages.ReplaceStep:
-        return await replace_with_steps(context, parameters, send)
-
     return [
         Operation(method=messages.LIST_DEVICES, handler=list_devices),
         Operation(method=messages.SHOW_DEVICE, handler=show),
-        Operation(method=messages.REPLACE_DEVICE, handler=replace_device, outlives_client=True),
     ]
 
 
@@ -82,6 +67,7 @@ def details(context: ControlContext, device: Device) -> messages.DeviceDetails:
             for layer in volume.layers
         ],
         notes=list(volume.notes),
+        latched=None if gate.latched is None else str(gate.latched),
         journal=journal_details(device),
     )
 
@@ -94,36 +80,3 @@ def journal_details(device: Device) -> messages.JournalDetails | None:
     return messages.JournalDetails(
         requests=status.requests, data=status.data, used=status.used, limit=status.limit
     )
-
-
-async def replace_with_steps(
-    context: ControlContext, parameters: messages.ReplaceParameters, send: Send
-) -> messages.ReplaceStep:
-    """Replace and send every step when it is done; the reply names the image now served."""
-    device = context.find(parameters.name)
-    sender, receiver = trio.open_memory_channel[messages.ReplaceStep](_STEPS)
-
-    def on_step(record: StepRecord) -> None:
-        text = f"{record.step.value}: {record.detail}" if record.detail else record.step.value
-        with contextlib.suppress(trio.WouldBlock):
-            sender.send_nowait(messages.ReplaceStep(step=text, elapsed=record.elapsed))
-
-    async def forward() -> None:
-        async for step in receiver:
-            await send(step)
-
-    began = trio.current_time()
-    failure: PloopError | None = None
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(forward)
-        with sender:
-            try:
-                report = await replace(
-                    device, parameters.image, force=parameters.force, on_step=on_step
-                )
-            except PloopError as error:
-                failure = error
-    if failure is not None:
-        raise failure
-    elapsed = trio.current_time() - began
-    return messages.ReplaceStep(step="done", elapsed=elapsed, image=report.image)

@@ -1,0 +1,125 @@
+"""ReplaceDevice, ReloadDevice, ClearLatch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from ploopd.control import messages, recovery
+from ploopd.control.context import ControlContext
+from ploopd.control.server import Operation, Send
+from ploopd.control.steps import OnStep, ReplaceReport, StepRecord
+from ploopd.devices import Device
+from ploopd.errors import PloopError
+
+_STEPS = 256
+"""Steps that are kept for a client that does not read them."""
+
+Recover = Callable[[OnStep], Awaitable[ReplaceReport]]
+
+
+def operations(context: ControlContext) -> list[Operation]:
+    """What this module serves."""
+
+    async def replace_device(
+        parameters: messages.ReplaceParameters, send: Send
+    ) -> messages.ReplaceStep:
+        device = context.find(parameters.name)
+
+        async def recover(on_step: OnStep) -> ReplaceReport:
+            return await recovery.replace(
+                device,
+                parameters.image,
+                force=parameters.force,
+                level=parameters.level,
+                guid=parameters.guid,
+                keep_name=parameters.keep_name,
+                keep_descriptor=parameters.keep_descriptor,
+                dry_run=parameters.dry_run,
+                on_step=on_step,
+            )
+
+        return await _with_steps(device, recover, send)
+
+    async def reload_device(
+        parameters: messages.ReloadParameters, send: Send
+    ) -> messages.ReplaceStep:
+        device = context.find(parameters.name)
+
+        async def recover(on_step: OnStep) -> ReplaceReport:
+            return await recovery.reload(device, dry_run=parameters.dry_run, on_step=on_step)
+
+        return await _with_steps(device, recover, send)
+
+    async def clear_latch(parameters: messages.DeviceName, _send: Send) -> messages.ClearLatchReply:
+        failure = recovery.clear_latch(context.find(parameters.name))
+        return messages.ClearLatchReply(failure=failure)
+
+    return [
+        Operation(method=messages.REPLACE_DEVICE, handler=replace_device, outlives_client=True),
+        Operation(method=messages.RELOAD_DEVICE, handler=reload_device, outlives_client=True),
+        Operation(method=messages.CLEAR_LATCH, handler=clear_latch),
+    ]
+
+
+async def _with_steps(device: Device, recover: Recover, send: Send) -> messages.ReplaceStep:
+    """Recover and send every step when it is done; the reply has the report."""
+    sender, receiver = trio.open_memory_channel[messages.ReplaceStep](_STEPS)
+
+    def on_step(record: StepRecord) -> None:
+        with contextlib.suppress(trio.WouldBlock):
+            sender.send_nowait(_step(record))
+
+    async def forward() -> None:
+        async for step in receiver:
+            await send(step)
+
+    began = trio.current_time()
+    report: ReplaceReport | None = None
+    failure: PloopError | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(forward)
+        with sender:
+            try:
+                report = await recover(on_step)
+            except PloopError as error:
+                failure = error
+    if failure is not None:
+        raise failure
+    assert report is not None
+    elapsed = trio.current_time() - began
+    return messages.ReplaceStep(
+        step="done",
+        elapsed=elapsed,
+        image=report.image,
+        planned=report.dry_run,
+        report=_report(device, report, elapsed),
+    )
+
+
+def _step(record: StepRecord) -> messages.ReplaceStep:
+    return messages.ReplaceStep(
+        step=record.step.value,
+        elapsed=record.elapsed,
+        detail=record.detail,
+        planned=record.planned,
+    )
+
+
+def _report(device: Device, report: ReplaceReport, elapsed: float) -> messages.RecoveryReport:
+    return messages.RecoveryReport(
+        device=report.device,
+        image=report.image,
+        previous=report.previous,
+        identity=str(device.identity),
+        level=report.level,
+        guid=report.guid,
+        dry_run=report.dry_run,
+        elapsed=elapsed,
+        steps=[
+            messages.RecoveryStep(step=each.step.value, elapsed=each.elapsed, detail=each.detail)
+            for each in report.steps
+        ],
+    )
