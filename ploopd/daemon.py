@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -33,7 +34,7 @@ from ploopd.devices import (
     device_name,
     unique_name,
 )
-from ploopd.errors import ExitCode, PloopError
+from ploopd.errors import ExitCode, PloopError, UnsupportedError
 from ploopd.fileio.engine import IoEngine, make_engine
 from ploopd.fileio.policy import CacheMode
 from ploopd.frontends.iscsi.config import format_address
@@ -47,6 +48,9 @@ from ploopd.storage.journaling import JournalMode
 from ploopd.storage.opener import OpenOptions
 from ploopd.systemd import Notifier
 from scst_shim import StandbyCheck
+
+if TYPE_CHECKING:
+    from ploopd.frontends.fuse.server import FuseView
 
 LOGOUT_GRACE = 3.0
 """Seconds that initiators have to log out after they were asked to."""
@@ -143,6 +147,20 @@ def device_names(configs: Sequence[DeviceConfig]) -> list[str]:
     return names
 
 
+def make_view(devices: DeviceTable, directory: Path) -> FuseView:
+    """The FUSE view.  Raises `UnsupportedError` where pyfuse3 is not installed."""
+    try:
+        from ploopd.frontends.fuse.server import FuseView
+    except ImportError as error:
+        raise UnsupportedError(
+            f"a view needs pyfuse3, which cannot be imported: {error}",
+            field="sysfs",
+            value=str(directory),
+            hint="pip install 'ploopd[fuse]' (it needs libfuse3: apt-get install libfuse3-dev)",
+        ) from error
+    return FuseView(devices, directory)
+
+
 class _Daemon:
     """The parts of one run."""
 
@@ -162,6 +180,7 @@ class _Daemon:
             config.iscsi, {config.iscsi.iqn: self.target}, clock=trio.current_time
         )
         self.portals: list[tuple[str, int]] = []
+        self.view = None if config.sysfs is None else make_view(self.devices, config.sysfs)
         self.control_scope = trio.CancelScope()
         self.asking = trio.CancelScope()
         self.stopping = trio.CancelScope(shield=True)
@@ -216,7 +235,11 @@ class _Daemon:
 
             starting.start_soon(give_up)
             await self.iscsi.bind()  # first: to be refused must not change an image
+            if self.view is not None:
+                await self.view.check()
             await self._open_devices()
+            if self.view is not None:
+                await nursery.start(self.view.serve)
             self.portals = await nursery.start(self.iscsi.serve)
             await nursery.start(self._serve_control)
             finished = True
@@ -311,6 +334,8 @@ class _Daemon:
         if self.asking.cancelled_caught:
             with trio.move_on_after(LOGOUT_GRACE):
                 await self.iscsi.shutdown(0.0)
+        if self.view is not None:
+            await self.view.stop()
         with trio.move_on_after(CLOSE_SECONDS) as closing:
             problems += await self.devices.close()
         if closing.cancelled_caught:

@@ -105,6 +105,13 @@ if TYPE_CHECKING:
     "directory.",
 )
 @click.option(
+    "--sysfs",
+    type=click.Path(readable=False, path_type=Path),
+    metavar="DIR",
+    help="Mount a view of the disks on the empty directory DIR: block/DISK/queue/standby and more, "
+    "as sysfs has it, and disk/DISK, the content as one file.",
+)
+@click.option(
     "--chap-file",
     "chap_files",
     multiple=True,
@@ -147,6 +154,7 @@ def serve(
     journal: str,
     journal_size: int,
     image_root: Path | None,
+    sysfs: Path | None,
     chap_files: tuple[str, ...],
     acl: tuple[str, ...],
     insecure: bool,
@@ -186,6 +194,7 @@ def serve(
         devices=tuple(replace(device, image=os.path.abspath(image)) for image in images),
         iscsi=iscsi,
         control=control,
+        sysfs=None if sysfs is None else Path(os.path.abspath(sysfs)),
     )
     config.check()
     _run(config, log_level, hints=hints)

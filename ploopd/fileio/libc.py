@@ -21,8 +21,12 @@ RESOLVE_BENEATH = 0x08
 
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
 
+_AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
+_UTIME_NOW = (1 << 30) - 1
+_UTIME_OMIT = (1 << 30) - 2
 _STATX_DIOALIGN = 0x2000
 _STATX_SIZE = 256
 _STATX_MASK = struct.Struct("=I")
@@ -67,6 +71,16 @@ def openat2(dir_fd: int, name: str, flags: int, resolve: int) -> int:
     if result < 0:
         raise last_error("openat2")
     return int(result)
+
+
+def set_modified_now(path: str) -> None:
+    """utimensat(2): the file was modified now, and its time of access stays.
+
+    For inotify this is IN_MODIFY, which `os.utime`, that sets both times, is not.
+    """
+    times = struct.pack("=qqqq", 0, _UTIME_OMIT, 0, _UTIME_NOW)
+    if libc().utimensat(_AT_FDCWD, os.fsencode(path), times, 0) != 0:
+        raise last_error("utimensat")
 
 
 def direct_io_alignment(fd: int) -> tuple[int, int] | None:

@@ -123,6 +123,10 @@ class Gate:
     def limits(self) -> ParkLimits:
         return self._queue.limits
 
+    def set_limits(self, limits: ParkLimits) -> None:
+        """An operator's order: from now on these hold, for what is parked already as well."""
+        self._queue.set_limits(limits)
+
     @property
     def parked_count(self) -> int:
         return self._queue.parked_count

@@ -99,6 +99,12 @@ class RequestQueue:
         """Call `callback()` whenever `next_deadline` may be earlier than it was."""
         self._attention = callback
 
+    def set_limits(self, limits: ParkLimits) -> None:
+        """Other bounds from now on; what is parked beyond them stays until its time is up."""
+        self.limits = limits
+        if self._attention is not None:
+            self._attention()
+
     # -- execution -------------------------------------------------------------------------
 
     def start(self, request: Request) -> None:

@@ -70,8 +70,8 @@ class Countdown:
 
 
 def abort_all(tasks: Iterable[Task], done: Callable[[], None]) -> None:
-    """Abort tasks; `done` when the last one has ended."""
-    victims = list(tasks)
+    """Abort tasks; `done` when the last one has ended.  Those of no nexus are not SCSI's to abort."""
+    victims = [task for task in tasks if task.itl is not None]
     ended = Countdown(len(victims), done)
     # The youngest first: an abort lets the tasks start that waited for it.
     for task in sorted(victims, key=lambda task: task.sequence, reverse=True):

@@ -148,6 +148,10 @@ class ClusterMap:
         """How many clusters the top delta has."""
         return int(np.count_nonzero(self.levels == TOP))
 
+    def in_any(self) -> int:
+        """How many clusters some file of the chain has."""
+        return int(np.count_nonzero(self.levels))
+
     def cluster_length(self, cluster: int) -> int:
         """Bytes of the disk in `cluster`: less than a cluster only at the end of the disk."""
         return min(self.cluster_size, self.size - cluster * self.cluster_size)

@@ -247,6 +247,10 @@ class Volume:
         """Bytes of the clusters that the top delta has."""
         return self._core.map.in_top() * self.cluster_size
 
+    def mapped_bytes(self) -> int:
+        """Bytes of the clusters that some file of the chain has: what does not read as a hole."""
+        return min(self.size, self._core.map.in_any() * self.cluster_size)
+
     async def probe_write(self) -> None:
         """Write the beginning of the top file again as it is, and sync; raises StorageError.
 
