@@ -185,6 +185,17 @@ def test_room_that_is_reserved_by_changes_in_execution_is_waited_for() -> None:
     assert setup.answers == [[None], [None]]
 
 
+def test_room_of_a_change_that_failed_is_given_to_those_that_wait() -> None:
+    setup = Setup(limit=16 * KIB, inline=False)
+    setup.memory.fail("write", errno.ENOSPC)
+    setup.write(0, bytes(15 * KIB))
+    setup.write(16 * KIB, bytes(15 * KIB))
+    setup.memory.complete(1)
+    assert setup.outstanding() == ["write"]
+    setup.memory.complete()
+    assert setup.answers[1] == [None]
+
+
 def test_one_that_waits_can_be_cancelled_and_one_in_execution_gives_its_room_back() -> None:
     setup = Setup(limit=16 * KIB, inline=False)
     running = setup.write(0, bytes(15 * KIB))
