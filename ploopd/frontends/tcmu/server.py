@@ -1,0 +1,319 @@
+"""The front end: finds the kernel's devices of subtype `ploop`, serves each by one of ours.
+
+Devices are found in sysfs, at the start and whenever netlink says that something has changed;
+without netlink every second.  Netlink replies are sent only for devices that wait for them: the
+kernel asks for replies once any program has promised them, tcmu-runner for example, and takes the
+first one that comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import random
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from ploopd.disownable import disownable
+from ploopd.errors import BusyError, NotFoundError, PloopError, UsageError
+from ploopd.frontends.tcmu import netlink
+from ploopd.frontends.tcmu.attachment import CONFIGFS_SECONDS, Attachment, Served
+from ploopd.frontends.tcmu.names import Reference, parse_config, parse_kernel_name
+from ploopd.frontends.tcmu.restart import RestartNotes
+from ploopd.frontends.tcmu.uio import Kernel, UioDevice
+
+SCAN_SECONDS = 1.0
+"""Between looks into sysfs without netlink; with it ten times as long."""
+
+RETRY_FIRST, RETRY_MOST = 0.5, 30.0
+"""Seconds until a device that could not be served is tried again, growing."""
+
+KERNEL = (0, 0)
+"""Netlink's address of the kernel."""
+
+log = logging.getLogger(__name__)
+
+
+class Provider(Protocol):
+    """Where devices come from (the daemon)."""
+
+    async def acquire(self, reference: Reference) -> Served:
+        """The device that `reference` names; an image that is not served yet is opened.
+
+        Raises PloopError."""
+        ...
+
+    async def release(self, device: Served) -> None:
+        """The front end does not use it any more."""
+        ...
+
+    async def change_medium(self, device: Served, reference: Reference) -> None:
+        """Serve another image under the same device.  Raises PloopError."""
+        ...
+
+
+class TcmuServer:
+    """Serves the kernel's devices; `attached` are those that are being served, by backstore name.
+
+    `state`: the directory for notes from one daemon to the next.
+    """
+
+    def __init__(self, provider: Provider, state: Path, *, kernel: Kernel | None = None) -> None:
+        self.attached: dict[str, Attachment] = {}
+        self._provider = provider
+        self._kernel = kernel or Kernel()
+        self._notes = RestartNotes(state, self._kernel.boot_id())
+        self._limiter = trio.CapacityLimiter(16)
+        self._known: dict[UioDevice, trio.CancelScope] = {}
+        self._ended: dict[UioDevice, trio.Event] = {}
+        self._started: dict[UioDevice, trio.Event] = {}
+        self._failures: dict[UioDevice, PloopError] = {}
+        self._wake = trio.Event()
+        self._grace: float | None = None
+        self._stopping = False
+        self._interval = SCAN_SECONDS
+
+    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled, after `shutdown`; started when the devices that are there were found."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._listen, nursery)
+            await self._scan(nursery)
+            task_status.started()
+            while True:
+                self._wake = trio.Event()
+                with trio.move_on_after(self._interval):
+                    await self._wake.wait()
+                await self._scan(nursery)
+
+    async def shutdown(self, grace: float) -> None:
+        """Let go of all devices; see `Attachment.stop`.  Initiators see a pause until the next
+        daemon comes."""
+        self._stopping = True
+        for attachment in tuple(self.attached.values()):
+            attachment.stop(grace)
+        for uio, scope in tuple(self._known.items()):
+            if uio.name.backstore not in self.attached:
+                scope.cancel()
+        for ended in tuple(self._ended.values()):
+            await ended.wait()
+
+    # -- finding ---------------------------------------------------------------------------
+
+    async def _scan(self, nursery: trio.Nursery) -> None:
+        try:
+            devices = await disownable(
+                self._kernel.devices,
+                deadline=CONFIGFS_SECONDS,
+                what="looking for the kernel's devices",
+                undo=lambda _: None,
+                limiter=self._limiter,
+            )
+        except PloopError as error:
+            log.warning("event=tcmu-scan error=%r", str(error))
+            return
+        for uio in devices:
+            if uio not in self._known and not self._stopping:
+                self._known[uio] = trio.CancelScope()
+                self._ended[uio] = trio.Event()
+                self._started[uio] = trio.Event()
+                nursery.start_soon(self._keep, uio)
+        for uio, scope in tuple(self._known.items()):
+            if uio not in devices and uio.name.backstore not in self.attached:
+                scope.cancel()
+
+    async def _keep(self, uio: UioDevice) -> None:
+        """Serve one device until it goes away; try again when that fails."""
+        pause = RETRY_FIRST
+        try:
+            with self._known[uio]:
+                while not self._stopping:
+                    try:
+                        await self._attach(uio)
+                        return
+                    except PloopError as error:
+                        self._failed(uio, error)
+                    await trio.sleep(pause * random.uniform(0.8, 1.2))
+                    pause = min(RETRY_MOST, pause * 2)
+        finally:
+            del self._known[uio]
+            del self._started[uio]
+            self._failures.pop(uio, None)
+            self._ended.pop(uio).set()
+            self._wake.set()
+
+    async def _attach(self, uio: UioDevice) -> None:
+        reference = parse_config(uio.name.config)
+        device = await self._provider.acquire(reference)
+        try:
+            attachment = Attachment(self._kernel, uio, device, self._notes, self._limiter)
+            await attachment.start()
+            self.attached[uio.name.backstore] = attachment
+            self._failures.pop(uio, None)
+            self._started[uio].set()
+            log.info("event=tcmu-attached uio=%s device=%s", uio, device.name)
+            try:
+                await attachment.serve()
+            finally:
+                del self.attached[uio.name.backstore]
+                log.info("event=tcmu-detached uio=%s device=%s", uio, device.name)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._provider.release(device)
+
+    def _failed(self, uio: UioDevice, error: PloopError) -> None:
+        before = self._failures.get(uio)
+        self._failures[uio] = error
+        self._started[uio].set()
+        if before is None or str(before) != str(error):
+            log.error("event=tcmu-failed uio=%s error=%r", uio, str(error))
+
+    # -- netlink ---------------------------------------------------------------------------
+
+    async def _listen(
+        self,
+        nursery: trio.Nursery,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Subscribe to the kernel's events; without the family go on without them."""
+        try:
+            channel, family = await _subscribe()
+        except (netlink.NetlinkError, OSError) as error:
+            log.info("event=tcmu-no-netlink reason=%r", str(error))
+            task_status.started()
+            return
+        with channel:
+            self._interval = 10 * SCAN_SECONDS
+            task_status.started()
+            while True:
+                try:
+                    datagram, sender = await channel.recvfrom(1 << 16)
+                except OSError as error:
+                    if error.errno != errno.ENOBUFS:  # events were lost: look ourselves
+                        raise
+                    self._wake.set()
+                    continue
+                if sender[0] != KERNEL[0]:
+                    continue
+                try:
+                    events = list(netlink.parse_events(datagram, family))
+                except netlink.NetlinkError as error:
+                    log.warning("event=tcmu-netlink error=%r", str(error))
+                    continue
+                for event in events:
+                    nursery.start_soon(self._happened, event, channel, family)
+
+    async def _happened(
+        self, event: netlink.Event, channel: trio.socket.SocketType, family: netlink.Family
+    ) -> None:
+        name = parse_kernel_name(event.name)
+        if name is None or name.subtype != "ploop":
+            return
+        uio = UioDevice(minor=event.minor, name=name)
+        handle: dict[netlink.EventKind, Callable[[UioDevice, netlink.Event], Awaitable[None]]] = {
+            netlink.EventKind.ADDED: self._added,
+            netlink.EventKind.REMOVED: self._removed,
+            netlink.EventKind.RECONFIGURED: self._reconfigured,
+        }
+        waits = event.kind is netlink.EventKind.REMOVED or await self._waits_for_reply(uio)
+        status = 0
+        try:
+            await handle[event.kind](uio, event)
+        except PloopError as error:
+            status = -_errno_of(error)
+            log.warning("event=tcmu-refused uio=%s error=%r", uio, str(error))
+        if waits:
+            # A device that does not wait makes the kernel complain about the reply, no more.
+            with contextlib.suppress(OSError):
+                await channel.sendto(netlink.reply(event, family, status), KERNEL)
+
+    async def _waits_for_reply(self, uio: UioDevice) -> bool:
+        def ask() -> bool:
+            return self._kernel.attribute(uio, "nl_reply_supported") == "1"
+
+        with contextlib.suppress(PloopError):
+            return await disownable(
+                ask,
+                deadline=CONFIGFS_SECONDS,
+                what=f"the configuration of {uio}",
+                undo=lambda _: None,
+                limiter=self._limiter,
+            )
+        return True
+
+    async def _added(self, uio: UioDevice, event: netlink.Event) -> None:
+        self._wake.set()
+        for _ in range(50):  # until the scan has found it
+            started = self._started.get(uio)
+            if started is not None:
+                await started.wait()
+                break
+            await trio.sleep(0.02)
+        failure = self._failures.get(uio)
+        if failure is not None:
+            raise failure
+
+    async def _removed(self, uio: UioDevice, event: netlink.Event) -> None:
+        ended = self._ended.get(uio)
+        if ended is None:
+            return
+        attachment = self.attached.get(uio.name.backstore)
+        if attachment is not None and attachment.uio == uio:
+            attachment.stop(None)
+        else:
+            self._known[uio].cancel()
+        await ended.wait()
+
+    async def _reconfigured(self, uio: UioDevice, event: netlink.Event) -> None:
+        """What is written again unchanged succeeds: `targetctl restore` writes everything."""
+        attachment = self.attached.get(uio.name.backstore)
+        if attachment is None:
+            raise NotFoundError("is not served", field="device", value=str(uio))
+        device = attachment.device
+        if event.size is not None and event.size != device.size:
+            raise UsageError(
+                f"the disk {device.name} has {device.size} bytes",
+                field="dev_size",
+                value=event.size,
+                hint="the size follows the image",
+            )
+        if event.write_cache is not None and event.write_cache != device.unit.modes.write_cache:
+            device.unit.modes.write_cache = event.write_cache
+            device.unit.modes_changed(None)
+        if event.config is not None:
+            config = event.config.removeprefix("ploop/")
+            if config != uio.name.config:
+                await self._provider.change_medium(device, parse_config(config))
+
+
+def _errno_of(error: PloopError) -> int:
+    """What the configfs operation fails with; the log has the reason."""
+    if isinstance(error, NotFoundError):
+        return errno.ENOENT
+    if isinstance(error, BusyError):
+        return errno.EBUSY
+    return errno.EINVAL if isinstance(error, UsageError) else errno.EIO
+
+
+async def _subscribe() -> tuple[trio.socket.SocketType, netlink.Family]:
+    """A socket that gets TCM-USER's events.  Raises NetlinkError without the family, OSError."""
+    raw = socket.socket(
+        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, netlink.NETLINK_GENERIC
+    )
+    try:
+        raw.bind((0, 0))
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        channel = trio.socket.from_stdlib_socket(raw)
+        await channel.sendto(netlink.family_request(), KERNEL)
+        with trio.fail_after(CONFIGFS_SECONDS):
+            family = netlink.parse_family(await channel.recv(1 << 16))
+        raw.setsockopt(netlink.SOL_NETLINK, netlink.NETLINK_ADD_MEMBERSHIP, family.group)
+    except BaseException:
+        raw.close()
+        raise
+    return channel, family

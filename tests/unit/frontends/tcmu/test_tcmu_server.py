@@ -1,0 +1,399 @@
+"""Finding, taking over, serving and letting go of the kernel's devices, with a kernel made of files
+and memory.  What only a real kernel can show is in tests/kernel."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from ploopd.errors import BusyError, NotFoundError, PloopError, UsageError
+from ploopd.frontends.tcmu.attachment import Served
+from ploopd.frontends.tcmu.names import Reference
+from ploopd.frontends.tcmu.server import TcmuServer
+from ploopd.frontends.tcmu.uio import Kernel, SharedMemory, UioDevice
+from ploopd.scsi.logical_unit import LogicalUnit
+from tests.support.fake_tcmu import FakeKernel
+from tests.support.memory_device import Completion
+from tests.unit.scsi.harness import Bench, cdb10, make_bench
+
+SIZE = 16 << 20
+READ = cdb10(0x28, 0, 8)[:10]
+
+
+class Wakeable:
+    """/dev/uioN of a FakeKernel: one end of a socket pair wakes the handler, the other counts."""
+
+    def __init__(self, fake: FakeKernel) -> None:
+        self.fake = fake
+        self.kernel_end, self.end = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.end.setblocking(False)
+        self.kernel_end.setblocking(False)
+        self.closed = False
+
+    def fileno(self) -> int:
+        return self.end.fileno()
+
+    def view(self) -> memoryview:
+        return memoryview(self.fake.memory)
+
+    def acknowledge(self) -> bool:
+        try:
+            return self.end.recv(4) != b"gone"
+        except BlockingIOError:
+            return True
+
+    def tell(self) -> None:
+        self.end.send(b"\0\0\0\0")
+
+    def close(self) -> None:
+        self.closed = True
+        self.end.close()
+
+
+class Machine(Kernel):
+    """Files below `root` like /sys; devices are FakeKernels."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(sys=root, boot_id_file=root / "boot_id")
+        self.fakes: dict[int, FakeKernel] = {}
+        self.files: list[Wakeable] = []
+        self.taken: set[int] = set()
+        (root / "boot_id").write_text("boot-1\n")
+
+    def add(self, minor: int, config: str = "disk", *, size: int = SIZE) -> FakeKernel:
+        entry = self.sys / f"class/uio/uio{minor}"
+        entry.mkdir(parents=True)
+        (entry / "name").write_text(f"tcm-user/0/b{minor}/ploop/{config}\n")
+        directory = self.sys / f"kernel/config/target/core/user_0/b{minor}"
+        for group in ("attrib", "action"):
+            (directory / group).mkdir(parents=True)
+        for name, value in (
+            ("attrib/dev_size", size),
+            ("attrib/cmd_time_out", 30),
+            ("attrib/tmr_notification", 0),
+            ("attrib/nl_reply_supported", -1),
+            ("action/block_dev", ""),
+            ("action/reset_ring", ""),
+        ):
+            (directory / name).write_text(f"{value}\n")
+        self.fakes[minor] = fake = FakeKernel()
+        return fake
+
+    def value(self, minor: int, name: str) -> str:
+        path = self.sys / f"kernel/config/target/core/user_0/b{minor}" / name
+        return path.read_text().split("\n")[0]
+
+    def remove(self, minor: int) -> None:
+        entry = self.sys / f"class/uio/uio{minor}"
+        (entry / "name").unlink()
+        entry.rmdir()
+
+    def open(self, device: UioDevice) -> SharedMemory:
+        if device.minor in self.taken:
+            raise BusyError("is open in another process", path=f"/dev/uio{device.minor}")
+        file = Wakeable(self.fakes[device.minor])
+        self.files.append(file)
+        return file
+
+    def action(self, device: UioDevice, name: str, value: int) -> bool:
+        if name == "reset_ring":
+            fake = self.fakes[device.minor]
+            fake.outstanding.clear()
+            fake.head = fake.words[16] = fake.harvested = 0
+        return super().action(device, name, value)
+
+
+@dataclass
+class Disk:
+    """What the server sees of a device."""
+
+    name: str
+    bench: Bench
+    bound: int = 0
+    parking: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.bench.device.size
+
+    @property
+    def unit(self) -> LogicalUnit:
+        return self.bench.unit
+
+    def bind(self) -> None:
+        self.bound += 1
+
+    def unbind(self) -> None:
+        self.bound -= 1
+
+
+@dataclass
+class Daemon:
+    """Devices by name; remembers who asked for what."""
+
+    disks: dict[str, Disk] = field(default_factory=dict)
+    released: list[str] = field(default_factory=list)
+    problem: PloopError | None = None
+
+    async def acquire(self, reference: Reference) -> Served:
+        if self.problem is not None:
+            raise self.problem
+        try:
+            return self.disks[str(reference)]
+        except KeyError:
+            raise NotFoundError("no such device", field="device", value=str(reference)) from None
+
+    async def release(self, device: Served) -> None:
+        self.released.append(device.name)
+
+    async def change_medium(self, device: Served, reference: Reference) -> None:
+        raise UsageError("not here")
+
+
+@dataclass
+class Rig:
+    machine: Machine
+    daemon: Daemon
+    state: Path
+    nursery: trio.Nursery
+    server: TcmuServer
+
+    def restart(self) -> None:
+        self.server = TcmuServer(self.daemon, self.state, kernel=self.machine)
+
+    @property
+    def disk(self) -> Disk:
+        return self.daemon.disks["disk"]
+
+    @property
+    def file(self) -> Wakeable:
+        return self.machine.files[-1]
+
+    async def until(self, condition: Callable[[], object], seconds: float = 30) -> None:
+        with trio.fail_after(seconds):
+            while not condition():  # noqa: ASYNC110 (it watches files and memory)
+                await trio.sleep(0.2)
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    machine = Machine(tmp_path)
+    daemon = Daemon({"disk": Disk("disk", make_bench(SIZE))})
+    async with trio.open_nursery() as nursery:
+        state = tmp_path / "state"
+        yield Rig(machine, daemon, state, nursery, TcmuServer(daemon, state, kernel=machine))
+        nursery.cancel_scope.cancel()
+
+
+pytestmark = pytest.mark.trio
+
+
+@pytest.fixture
+def clock(autojump_clock: trio.testing.MockClock) -> trio.testing.MockClock:
+    """Jumps only when no worker thread has come back for a while, either."""
+    autojump_clock.autojump_threshold = 0.02
+    return autojump_clock
+
+
+async def test_a_device_that_is_there_is_served(rig: Rig, clock: trio.testing.MockClock) -> None:
+    fake = rig.machine.add(3)
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.disk.bound)
+    fake.command(READ, expect=4096)
+    rig.file.kernel_end.send(b"\1\0\0\0")
+    await rig.until(fake.harvest)
+    assert fake.answers[0].data == bytes(4096)
+    assert rig.machine.value(3, "attrib/cmd_time_out") == "0"
+    assert rig.machine.value(3, "attrib/tmr_notification") == "1"
+
+
+async def test_many_answers_are_told_at_once(rig: Rig, clock: trio.testing.MockClock) -> None:
+    fake = rig.machine.add(0)
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.disk.bound)
+    for _ in range(5):
+        fake.command(READ, expect=512)
+    rig.file.kernel_end.send(b"\1\0\0\0")
+    await rig.until(fake.harvest)
+    assert len(fake.answers) == 5
+    assert rig.file.kernel_end.recv(4) == b"\0\0\0\0"
+    with pytest.raises(BlockingIOError):
+        rig.file.kernel_end.recv(4)
+
+
+async def test_a_device_that_comes_later_is_found(rig: Rig, clock: trio.testing.MockClock) -> None:
+    await rig.nursery.start(rig.server.serve)
+    rig.machine.add(1)
+    await rig.until(lambda: rig.disk.bound)
+
+
+async def test_a_removed_device_is_let_go(rig: Rig, clock: trio.testing.MockClock) -> None:
+    rig.machine.add(1)
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.disk.bound)
+    rig.machine.remove(1)
+    rig.file.kernel_end.send(b"gone")
+    await rig.until(lambda: rig.daemon.released)
+    assert rig.file.closed
+    assert rig.disk.bound == 0
+    rig.machine.fakes[1].close()  # nobody holds a view of it
+
+
+async def test_others_devices_are_left_alone(rig: Rig, clock: trio.testing.MockClock) -> None:
+    rig.machine.add(1)
+    name = rig.machine.sys / "class/uio/uio1/name"
+    name.write_text("tcm-user/0/b1/rbd/pool/image\n")
+    rig.machine.add(2)
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.disk.bound)
+    assert len(rig.machine.files) == 1
+
+
+async def test_a_wrong_size_is_refused_with_the_right_one(
+    rig: Rig, clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.machine.add(1, size=SIZE * 2)
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: "tcmu-failed" in caplog.text)
+    assert f"size={SIZE}" in caplog.text
+    assert rig.daemon.released == ["disk"]
+    assert rig.machine.files == []
+
+
+async def test_what_fails_is_tried_again_and_told_once(
+    rig: Rig, clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.machine.add(1)
+    rig.machine.taken.add(1)
+    await rig.nursery.start(rig.server.serve)
+    await trio.sleep(60)
+    assert caplog.text.count("tcmu-failed") == 1
+    rig.machine.taken.clear()
+    await rig.until(lambda: rig.disk.bound, 40)
+
+
+async def test_a_clean_restart_resets_nothing(rig: Rig, clock: trio.testing.MockClock) -> None:
+    fake = rig.machine.add(1)
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.disk.bound)
+    fake.command(READ, expect=512)
+    rig.file.kernel_end.send(b"\1\0\0\0")
+    await rig.until(fake.harvest)
+    await rig.server.shutdown(5)
+    assert rig.disk.bound == 0
+    fake.command(READ, expect=512)  # while nobody is there
+    rig.restart()
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(fake.harvest)
+    assert rig.machine.value(1, "action/reset_ring") == ""
+    assert not list(rig.state.iterdir()), "a note is good for one restart"
+
+
+async def test_after_a_crash_the_ring_is_reset(rig: Rig, clock: trio.testing.MockClock) -> None:
+    fake = rig.machine.add(1)
+    fake.command(READ, expect=512)
+    fake.command(READ, expect=512)
+    fake.words[16] = 120  # somebody has answered one, and is gone
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.disk.bound)
+    assert rig.machine.value(1, "action/reset_ring") == "1"
+    assert rig.machine.value(1, "action/block_dev") == "0"
+    fake.command(READ, expect=512)
+    rig.file.kernel_end.send(b"\1\0\0\0")
+    await rig.until(fake.harvest)
+
+
+async def test_a_note_of_another_boot_is_worth_nothing(
+    rig: Rig, clock: trio.testing.MockClock
+) -> None:
+    fake = rig.machine.add(1)
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.disk.bound)
+    await rig.server.shutdown(5)
+    (rig.machine.sys / "boot_id").write_text("boot-2\n")
+    fake.command(READ, expect=512)
+    rig.restart()
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.disk.bound)
+    assert rig.machine.value(1, "action/reset_ring") == "1"
+
+
+class TestWaitingCommands:
+    @pytest.fixture
+    async def rig(self, tmp_path: Path) -> AsyncIterator[Rig]:
+        machine = Machine(tmp_path)
+        bench = make_bench(SIZE, completion=Completion.MANUAL)
+        bench.device.inline = False
+        daemon = Daemon({"disk": Disk("disk", bench)})
+        async with trio.open_nursery() as nursery:
+            state = tmp_path / "state"
+            yield Rig(machine, daemon, state, nursery, TcmuServer(daemon, state, kernel=machine))
+            nursery.cancel_scope.cancel()
+
+    async def begin(self, rig: Rig) -> FakeKernel:
+        fake = rig.machine.add(1)
+        await rig.nursery.start(rig.server.serve)
+        await rig.until(lambda: rig.disk.bound)
+        for _ in range(3):
+            fake.command(READ, expect=512)
+        rig.file.kernel_end.send(b"\1\0\0\0")
+        await rig.until(lambda: len(rig.disk.bench.device.outstanding) == 3)
+        return fake
+
+    async def test_an_end_waits_for_what_runs(
+        self, rig: Rig, clock: trio.testing.MockClock
+    ) -> None:
+        fake = await self.begin(rig)
+        rig.nursery.start_soon(rig.server.shutdown, 5.0)
+        await trio.sleep(1)
+        rig.disk.bench.device.complete()
+        await rig.until(lambda: rig.daemon.released)
+        fake.harvest()
+        assert [a.status for a in fake.answers] == [0, 0, 0]
+        assert list(rig.state.iterdir()), "the next one may go on from here"
+
+    async def test_what_does_not_end_is_given_back(
+        self, rig: Rig, clock: trio.testing.MockClock
+    ) -> None:
+        fake = await self.begin(rig)
+        await rig.server.shutdown(5)
+        fake.harvest()
+        assert [a.status for a in fake.answers] == [8, 8, 8]
+
+    async def test_what_is_parked_is_given_back_at_once(
+        self, rig: Rig, clock: trio.testing.MockClock
+    ) -> None:
+        fake = await self.begin(rig)
+        rig.disk.parking = True
+        before = trio.current_time()
+        await rig.server.shutdown(1000)
+        assert trio.current_time() - before < 1
+        fake.harvest()
+        assert [a.status for a in fake.answers] == [8, 8, 8]
+
+    async def test_what_hangs_leaves_no_note(self, rig: Rig, clock: trio.testing.MockClock) -> None:
+        await self.begin(rig)
+        rig.disk.bench.device.cancellable = False
+        await rig.server.shutdown(1)
+        assert not rig.state.exists()
+        rig.disk.bench.device.complete()  # late: nobody is there any more
+
+
+async def test_a_broken_ring_is_reset_and_served_again(
+    rig: Rig, clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake = rig.machine.add(1)
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.disk.bound)
+    fake.raw(bytes(8))  # an entry without a length
+    rig.file.kernel_end.send(b"\1\0\0\0")
+    await rig.until(lambda: len(rig.machine.files) == 2)
+    await rig.until(lambda: rig.disk.bound)
+    assert "ring is broken" in caplog.text
+    assert rig.machine.value(1, "action/reset_ring") == "1"
