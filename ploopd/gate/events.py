@@ -26,6 +26,8 @@ class EventKind(Enum):
     RELEASED = "released"
     LATCHED = "latched-read-only"
     LATCH_CLEARED = "latch-cleared"
+    SPACE_EXHAUSTED = "space-exhausted"
+    SPACE_RETURNED = "space-returned"
     HELD = "held"
     CANDIDATE_REFUSED = "candidate-refused"
     RECOVERY_COMMAND = "recovery-command"
@@ -37,6 +39,7 @@ _LEVELS: Mapping[EventKind, int] = {
     EventKind.PARK_LIMIT: logging.WARNING,
     EventKind.PARK_EXPIRED: logging.WARNING,
     EventKind.DISOWNED: logging.WARNING,
+    EventKind.SPACE_EXHAUSTED: logging.WARNING,
     EventKind.CANDIDATE_REFUSED: logging.WARNING,
     EventKind.REPLACE_FAILED: logging.ERROR,
     EventKind.LATCHED: logging.ERROR,

@@ -16,6 +16,7 @@ from ploopd.gate.events import Event, EventKind, Subscriber
 from ploopd.gate.limits import ParkLimits
 from ploopd.gate.parking import Op, Request
 from ploopd.gate.queue import RequestQueue
+from ploopd.gate.room import Room
 from ploopd.gate.state import GateEvent, GateState, advance
 from ploopd.storage.device import BlockDevice, Done, Extent
 from scst_shim import QueueFlags, StandbyState
@@ -56,6 +57,7 @@ class Gate:
         "_on_event",
         "_queue",
         "_read_now",
+        "_room",
         "_sequence",
         "_state",
         "_touched",
@@ -87,6 +89,7 @@ class Gate:
         self._state = GateState.ACTIVE
         self._sequence = 0
         self._latch: StorageError | None = None
+        self._room = Room(self.report, self._rewire)
         self._cause = ""
         self._faulted = False
         self._began_active = False
@@ -144,6 +147,11 @@ class Gate:
     def latched(self) -> StorageError | None:
         """The failure that made the device read-only, if one did."""
         return self._latch
+
+    @property
+    def full(self) -> StorageError | None:
+        """The failure of a storage that has no room, until it has some again."""
+        return self._room.failure
 
     @property
     def size(self) -> int:
@@ -281,6 +289,8 @@ class Gate:
         """
         recovering = self._state is GateState.RECOVERING
         event = GateEvent.RECOVER if recovering else GateEvent.LEAVE
+        if recovering:
+            self._room.returned()  # while the gate is closed: it must not open before the release
         self._state = advance(self._state, event)
         self._cause = ""
         self._faulted = False
@@ -341,8 +351,11 @@ class Gate:
         through = self._state is GateState.ACTIVE and not self._queue.releasing
         writable = through and self._latch is None
         self._read_now = self._device.try_read if through else _not_now
-        self._write_now = self._device.try_write if writable else _not_now
-        self._direct = writable
+        room = self._room
+        watched = room.failure is not None
+        write_now = room.try_write(self._device) if watched else self._device.try_write
+        self._write_now = write_now if writable else _not_now
+        self._direct = writable and not watched
 
     def _admit(
         self,
@@ -368,6 +381,8 @@ class Gate:
 
     def _admit_slowly(self, request: Request) -> None:
         """Admission while the gate is not simply open."""
+        if self._room.failure is not None:
+            self._room.watch(self._device, request)
         refusal = self.refusal(request)
         if refusal is not None:
             self._queue.end(request, refusal)
@@ -388,6 +403,10 @@ class Gate:
         if self._state is GateState.STANDBY and not self.flags.supported:
             return self._no_storage(request)
         return None
+
+    def no_room(self, request: Request, error: StorageError) -> None:
+        """See `Room`."""
+        self._room.exhausted(request, error)
 
     def released(self, *, announce: bool) -> None:
         """The queue has started the last waiting request: the inline path opens again."""

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import trio
 
-from ploopd.errors import ParkTimeoutError, StorageError
+from ploopd.errors import NO_ROOM, ParkTimeoutError, StorageError
 from ploopd.gate.events import EventKind
 from ploopd.gate.limits import ParkLimits
 from ploopd.gate.parking import Attempt, Op, ParkedRequests, Request, RequestState
@@ -30,6 +30,10 @@ class Supervisor(Protocol):
 
     def refusal(self, request: Request) -> StorageError | None:
         """Why a request must not be executed now, if there is a reason."""
+        ...
+
+    def no_room(self, request: Request, error: StorageError) -> None:
+        """A request ends with an error that means a full storage."""
         ...
 
     def released(self, *, announce: bool) -> None:
@@ -146,6 +150,8 @@ class RequestQueue:
         """Tell the caller, once."""
         request.state = RequestState.ENDED
         request.buffer = None
+        if error is not None and error.errno in NO_ROOM:
+            self._supervisor.no_room(request, error)
         request.done(error)
 
     def cancel(self, request: Request) -> bool:

@@ -18,7 +18,7 @@ import errno
 from functools import partial
 
 from ploopd.errors import BusyError, ParkTimeoutError, StorageError
-from ploopd.gate.events import Event
+from ploopd.gate.events import Event, EventKind
 from ploopd.gate.filter import Gate
 from ploopd.gate.limits import ParkLimits
 from ploopd.gate.state import GateState
@@ -66,6 +66,7 @@ class Episode:
         self.executing = 0
         self.waiting = 0
         self.latched = False
+        self.full = False
         self.faulted = False
         self.delivering = 0
         self.expiring = False
@@ -117,6 +118,12 @@ class Episode:
         return self.now
 
     def event(self, event: Event) -> None:
+        if event.kind is EventKind.SPACE_EXHAUSTED:
+            assert not self.full, "a full storage is said twice"
+            self.full = True
+        elif event.kind is EventKind.SPACE_RETURNED:
+            assert self.full, "room has returned to a storage that was not full"
+            self.full = False
         if self.story is not None:
             self.story.append(f"  {event}")
 
@@ -178,6 +185,7 @@ class Episode:
         waiting = len(self.open) - self.executing
         assert gate.parked_count == waiting, "parked_count"
         assert (gate.latched is not None) == self.latched, "latched"
+        assert (gate.full is not None) == self.full, "full"
         text, state = gate.standby_text, gate.state
         if not (self.bound and self.key):
             assert text == "not supported"
@@ -439,6 +447,8 @@ class Episode:
         else:
             assert command.answered, f"the result of {command} was swallowed"
             assert (command.error is None) == (number == 0), f"{command}: another result"
+            told = self.full or number != errno.ENOSPC or command.follow > 9
+            assert told, "nobody was told of a full storage"
         self.delivering = 0
 
     def pick(self) -> Run | None:
