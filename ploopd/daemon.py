@@ -27,13 +27,8 @@ from ploopd.control.handlers import all_operations
 from ploopd.control.interface import SERVICE_INTERFACE
 from ploopd.control.listener import ControlSocket, claim_control_socket
 from ploopd.control.server import ControlServer
-from ploopd.devices import (
-    DeviceOptions,
-    DeviceTable,
-    Environment,
-    device_name,
-    unique_name,
-)
+from ploopd.device_table import DeviceTable, device_name, unique_name
+from ploopd.devices import DeviceOptions, Environment
 from ploopd.errors import ExitCode, PloopError, UnsupportedError
 from ploopd.fileio.engine import IoEngine, make_engine
 from ploopd.fileio.policy import CacheMode

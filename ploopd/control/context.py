@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ploopd.control.event_log import EventLog
-from ploopd.devices import Device, DeviceTable
+from ploopd.device_table import DeviceTable
+from ploopd.devices import Device
 from ploopd.errors import NotFoundError
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import trio
 
-from ploopd.devices import Device, DeviceOptions, DeviceTable, Environment
+from ploopd.device_table import DeviceTable
+from ploopd.devices import Device, DeviceOptions, Environment
 from ploopd.errors import StorageError
 from ploopd.fileio.oslayer import REAL, OsLayer
 from ploopd.gate.events import Event

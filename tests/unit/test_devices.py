@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from ploopd.devices import DeviceOptions, DeviceTable, device_name, unique_name
+from ploopd.device_table import DeviceTable, device_name, unique_name
+from ploopd.devices import DeviceOptions
 from ploopd.errors import LockedError, NotFoundError, ParkTimeoutError, PloopError, StorageError
 from ploopd.fileio.faults import Fault, FaultyOs
 from ploopd.gate.limits import ParkLimits

@@ -16,7 +16,8 @@ from ploopd.control.context import ControlContext
 from ploopd.control.event_log import EventLog
 from ploopd.control.handlers import all_operations
 from ploopd.control.server import Operation
-from ploopd.devices import DeviceOptions, DeviceTable, Environment
+from ploopd.device_table import DeviceTable
+from ploopd.devices import DeviceOptions, Environment
 from ploopd.errors import BusyError, ExitCode, NotFoundError, PloopError, UsageError
 from ploopd.fileio.engine import make_engine
 from ploopd.storage.create import create_image
