@@ -104,6 +104,23 @@ def test_a_day_in_the_life_of_a_directory(storage: FaultFs, tmp_path: Path) -> N
     assert sorted(os.listdir(storage.source)) == ["sparse"]
 
 
+def test_what_others_do_to_the_source_is_seen(storage: FaultFs) -> None:
+    """Files come and go below; their inode numbers are used again."""
+    for number in range(20):
+        name = f"d{number}"
+        (storage.source / name).mkdir()
+        (storage.source / name / "file").write_text(name)
+        assert (storage.mountpoint / name / "file").read_text() == name
+        os.link(storage.source / name / "file", storage.source / name / "link")
+        assert (storage.mountpoint / name / "link").stat().st_nlink == 2
+        os.replace(storage.source / name / "link", storage.source / name / "moved")
+        os.unlink(storage.source / name / "file")
+        assert os.listdir(storage.mountpoint / name) == ["moved"]
+        assert (storage.mountpoint / name / "moved").read_text() == name
+        shutil.rmtree(storage.source / name)
+    assert os.listdir(storage.mountpoint) == []
+
+
 def test_what_the_source_has_is_what_fio_has_verified(storage: FaultFs) -> None:
     """Random writes of odd sizes at depth, verified by fio through the mount."""
     if oracles.have("fio"):

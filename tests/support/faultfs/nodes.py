@@ -102,7 +102,17 @@ class NodeTable:
         if path not in node.paths:
             self.removed(path, gone=False)
             node.paths.add(path)
+        if len(node.paths) > 1:
+            # A name may have gone without us, and its inode number been used again below.
+            node.paths = {each for each in node.paths if self._is_at(each, key)}
         return node
+
+    def _is_at(self, path: str, key: tuple[int, int]) -> bool:
+        try:
+            info = os.lstat(self.full(path))
+        except OSError:
+            return False
+        return (info.st_dev, info.st_ino) == key
 
     def at(self, path: str) -> Node | None:
         return next((node for node in self._by_number.values() if path in node.paths), None)

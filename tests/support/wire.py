@@ -1,0 +1,350 @@
+"""Standby episodes on the wire: the storage of a chain fails under a load that verifies everything.
+
+A chapter is one daemon with a chain (a full base, an empty top) on the fault file system, one
+initiator that keeps 32 requests in flight, and some episodes.  In each one an operation of the
+storage fails, the device goes into standby, the storage heals or a copy is made, the top is
+replaced, and the load, which has only waited, goes on.  Every chapter ends with QEMU reading the
+chain.  All is decided by the seed.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ploopd.control import messages
+from ploopd.control.client import ControlClient
+from tests.support import images, oracles
+from tests.support.faultfs import FaultFs
+from tests.support.images import MIB
+from tests.support.initiator import Initiator
+from tests.support.load import BLOCK, Journal, Mix
+from tests.support.measured import MeasuredLoad, logged_events
+from tests.support.serve import ServeProcess
+
+SIZE = 64 * MIB
+CLUSTER = 65536
+BLOCKS_PER_CLUSTER = CLUSTER // BLOCK
+WINDOW = 48
+"""Clusters that an episode is the first to write to: they are copied on write."""
+
+EPISODES = SIZE // CLUSTER // WINDOW - 1
+"""That a chapter can have, before there is nothing left to copy."""
+
+ERRNOS = (errno.EBUSY, errno.ENOTCONN, errno.EIO)
+FAILING = ("data-write", "data-read", "bat-write", "cow-read", "cow-write", "fsync")
+WAYS = ("same path", "other file")
+PATIENCE = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One episode: which operation fails how, and how the device is brought back.
+
+    `when` are options of the rule: until cleared, once, every other time, or sticking to the inode.
+    """
+
+    number: int
+    errno: int
+    failing: str
+    way: str
+    when: dict[str, Any]
+    pause: float
+
+    def __str__(self) -> str:
+        when = " ".join(f"{name}={value}" for name, value in self.when.items()) or "until cleared"
+        return f"{errno.errorcode[self.errno]} from {self.failing} ({when}), {self.way}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What was measured: requests parked before the replace, milliseconds from the release of
+    parked requests to the first answer at the initiator, seconds that the load stood still."""
+
+    plan: Plan
+    parked: int
+    first_completion_ms: float
+    longest: float
+
+
+@dataclass(slots=True, kw_only=True)
+class Summary:
+    """All episodes of a run."""
+
+    seen: list[Seen] = field(default_factory=list)
+    requests: int = 0
+    verified: int = 0
+
+    def first_completions(self) -> list[float]:
+        return sorted(each.first_completion_ms for each in self.seen)
+
+    def __str__(self) -> str:
+        first = self.first_completions()
+        parked = [each.parked for each in self.seen]
+        return (
+            f"{len(first)} episodes, {self.requests:,} requests, {self.verified:,} blocks "
+            "verified; "
+            f"parked {min(parked)}–{max(parked)}; first completion after the release: median "
+            f" {statistics.median(first):.1f} ms, "
+            f"90 % within {first[int(0.9 * (len(first) - 1))]:.1f} ms, worst {first[-1]:.1f} ms"
+        )
+
+
+def plans(seed: int, numbers: Sequence[int], errnos: Sequence[int] = ERRNOS) -> list[Plan]:
+    """Every errno with every failing operation, replaced in both ways in turn."""
+    chosen = random.Random(seed)
+    whens: list[dict[str, Any]] = [{}, {}, {"count": 1}, {"every": 2}, {"stick": True, "count": 1}]
+    return [
+        Plan(
+            number=number,
+            errno=errnos[number // len(FAILING) % len(errnos)],
+            failing=FAILING[number % len(FAILING)],
+            way=WAYS[(number + number // len(FAILING)) % 2],
+            when=chosen.choice(whens),
+            pause=chosen.choice([0.0, 0.02, 0.1]),
+        )
+        for number in numbers
+    ]
+
+
+class WireLoad(MeasuredLoad):
+    """Four of ten requests go to a few blocks of the area, so that writes race there."""
+
+    HOT = 24
+
+    def _choose_blocks(self) -> range:
+        blocks = super()._choose_blocks()
+        if self.random.random() < 0.4:
+            first = self.area.start + self.random.randrange(self.HOT)
+            blocks = range(first, min(first + len(blocks), self.area.stop))
+        return blocks
+
+
+class Chapter:
+    """One daemon and its episodes; `play` raises AssertionError for whatever is not right."""
+
+    def __init__(
+        self, storage: FaultFs, directory: Path, *, seed: int, journal: str = "auto"
+    ) -> None:
+        self.storage = storage
+        self.directory = directory
+        self.seed = seed
+        self.place = storage.source / f"chapter-{seed}"
+        self.top = "top.hds"
+        # Nobody may be told BUSY: the load takes that for an error.
+        self.options = ("--park-max", "forever", "--journal", journal)
+        self.server: ServeProcess
+        self.device = ""
+        self.load: WireLoad
+        self._read = 0
+
+    def play(self, plans: Sequence[Plan]) -> Summary:
+        """The episodes in turn, then the verdict of QEMU."""
+        assert len(plans) <= EPISODES
+        summary = Summary()
+        descriptor = self._make_chain()
+        journal = Journal(self.seed, self._initial)
+        with ServeProcess(
+            descriptor, directory=self.directory, options=self.options
+        ) as self.server:
+            (self.device,) = self.server.device_names()
+            with Initiator(self.server.url) as initiator:
+                initiator.settle()
+                self.load = WireLoad(initiator, journal, range(1), seed=self.seed, overlap=True)
+                self._warm_up()
+                for place, plan in enumerate(plans):
+                    summary.seen.append(self._episode(place, plan))
+                self.load.flush()
+                self.load.verify()
+                initiator.logout()
+            assert self.server.stop() == 0, self.server.stderr[-3000:]
+            assert "Traceback" not in self.server.stderr, self.server.stderr[-3000:]
+        self._judge(journal)
+        summary.requests, summary.verified = self.load.completed, self.load.verified
+        shutil.rmtree(self.place)
+        return summary
+
+    # -- the chain -------------------------------------------------------------------------
+
+    def _make_chain(self) -> Path:
+        """A base in which every cluster has content, and an empty top; the path to serve."""
+        self.place.mkdir()
+        self._content = random.Random(self.seed).randbytes(MIB)
+        whole = range(SIZE // CLUSTER)
+        clusters = {index: self._cluster(index) for index in whole}
+        images.write_delta(self.place / "base.hds", SIZE, clusters, cluster_size=CLUSTER)
+        images.write_delta(self.place / self.top, SIZE, {}, cluster_size=CLUSTER)
+        rows = [
+            (images.guid(1), "Compressed", "base.hds"),
+            (images.TOP_GUID, "Compressed", self.top),
+        ]
+        descriptor = images.write_descriptor(self.place, SIZE, rows, cluster_size=CLUSTER)
+        return self.storage.mountpoint / descriptor.relative_to(self.storage.source)
+
+    def _cluster(self, index: int) -> bytes:
+        """Content that differs from cluster to cluster."""
+        start = index * 4099 % (MIB - CLUSTER)
+        return self._content[start : start + CLUSTER]
+
+    def _initial(self, block: int) -> bytes:
+        index, within = divmod(block, BLOCKS_PER_CLUSTER)
+        return self._cluster(index)[within * BLOCK : (within + 1) * BLOCK]
+
+    def _judge(self, journal: Journal) -> None:
+        top = self.place / self.top
+        layers = [("parallels", self.place / "base.hds"), ("parallels", top)]
+        raw = self.directory / f"final-{self.seed}.raw"
+        seen = oracles.read_through_qemu(layers, raw)
+        assert journal.verify_file(seen, size=SIZE) > 0
+        raw.unlink()
+        assert oracles.bat_problems(top) == []
+        assert oracles.in_use_word(top) == 0
+
+    # -- an episode ------------------------------------------------------------------------
+
+    def _window(self, place: int) -> range:
+        """Clusters of the episodes at `place`; −1 is the warm-up before the first."""
+        return range((place + 1) * WINDOW, (place + 2) * WINDOW)
+
+    def _aim(self, *windows: range) -> None:
+        first, last = windows[0].start, windows[-1].stop
+        self.load.area = range(first * BLOCKS_PER_CLUSTER, last * BLOCKS_PER_CLUSTER)
+
+    def _warm_up(self) -> None:
+        self._aim(self._window(-1))
+        self.load.mix = Mix(write=0.7, read=0.25, flush=0.05, largest=4)
+        self.load.run(requests=200)
+
+    def _episode(self, place: int, plan: Plan) -> Seen:
+        load = self.load
+        load.longest = 0.0
+        reads = 0.0 if plan.failing == "cow-read" else 0.3
+        flushes = 0.1 if plan.failing == "fsync" else 0.02
+        load.mix = Mix(write=0.95 - reads - flushes, read=reads, flush=flushes, largest=4)
+        load.run(requests=40)
+        with ThreadPoolExecutor(1) as pool:
+            playing = pool.submit(self._direct, place, plan)
+            # What fails beside the load must not wait for a load that waits for it.
+            load.run(
+                until=playing.done,
+                tick=lambda: playing.result() and None if playing.done() else None,
+                stall=PATIENCE,
+            )
+            parked = playing.result()
+        load.run(requests=60)
+        self._verify(place)
+        return Seen(
+            plan=plan,
+            parked=parked,
+            first_completion_ms=self._first_completion(),
+            longest=load.longest,
+        )
+
+    def _verify(self, place: int) -> None:
+        """Everything known of the windows that were written to."""
+        first = max(0, self._window(place - 1).start) * BLOCKS_PER_CLUSTER
+        last = self._window(place).stop * BLOCKS_PER_CLUSTER
+        known = self.load.journal.candidates
+        self.load.finish()
+        self.load.verify([block for block in known if first <= block < last])
+
+    def _direct(self, place: int, plan: Plan) -> int:
+        """What happens beside the load; returns how many requests were parked."""
+        target, operations, where = self._aimed_at(plan.failing)
+        path = f"{self.place.name}/{target}"
+        self.storage.fail(path, *operations, errno=plan.errno, range=where, **plan.when)
+        # Only now may the load go where clusters are still to be copied.
+        self._aim(self._window(place - 1), self._window(place))
+        with ControlClient(self.server.control, timeout=PATIENCE) as control:
+            self._wait(control, "on")
+            time.sleep(plan.pause)
+            parked = self._details(control).parked_requests
+            assert self._details(control).standby == "on", "only a replace leaves standby"
+            if plan.way == "same path" or plan.failing == "cow-read":
+                self.storage.clear()
+            self._replace(control, plan)
+            assert self._details(control).standby == "off"
+        self.storage.clear()
+        return parked
+
+    def _aimed_at(self, failing: str) -> tuple[str, tuple[str, ...], Any]:
+        match failing:
+            case "data-write":
+                return self.top, ("write",), "data"
+            case "data-read":
+                return self.top, ("read",), "data"
+            case "bat-write":
+                return self.top, ("write",), "bat"
+            case "cow-read":
+                return "base.hds", ("read",), "data"
+            case "cow-write":  # of clusters that the top does not have yet
+                return self.top, ("write",), (self._end_of_clusters(), None)
+        return self.top, ("fsync",), None
+
+    def _end_of_clusters(self) -> int:
+        """Where the next cluster of the top will be, by the BAT in its file."""
+        raw = (self.place / self.top).read_bytes()[: 64 + 4 * (SIZE // CLUSTER)]
+        last = max(memoryview(raw)[64:].cast("I"), default=0)  # 0: only header and BAT
+        return (last + 1) * CLUSTER
+
+    def _replace(self, control: ControlClient, plan: Plan) -> None:
+        force = False
+        if plan.way == "other file":
+            old, self.top = self.top, f"top-{plan.number}.hds"
+            shutil.copyfile(self.place / old, self.place / self.top)
+            force = True  # a copy of an image in use carries the in-use word
+        mounted = self.storage.mountpoint / self.place.name / self.top
+        parameters = messages.ReplaceParameters(name=self.device, image=str(mounted), force=force)
+        steps = control.stream(
+            messages.REPLACE_DEVICE, messages.ReplaceStep, parameters, waiting="the replace"
+        )
+        assert [step.step for step in steps][-1] == "done"
+        if plan.way == "other file":
+            (self.place / old).unlink()
+
+    def _wait(self, control: ControlClient, wanted: str) -> None:
+        parameters = messages.StandbyWaitParameters(
+            name=self.device, standby=wanted, timeout=PATIENCE
+        )
+        state = control.call(
+            messages.STANDBY_WAIT, messages.StandbyState, parameters, waiting="standby"
+        )
+        assert state.standby == wanted
+
+    def _details(self, control: ControlClient) -> messages.DeviceDetails:
+        name = messages.DeviceName(name=self.device)
+        reply = control.call(messages.SHOW_DEVICE, messages.ShowReply, name, waiting="details")
+        return reply.device
+
+    def _first_completion(self) -> float:
+        """Milliseconds from the last step before the release to the first answer after it."""
+        with self.server.log.open("rb") as log:
+            log.seek(self._read)
+            text = log.read().decode(errors="replace")
+            self._read = log.tell()
+        (swap,) = (
+            each for each in logged_events(text, "replace-step") if each.details["step"] == "swap"
+        )
+        first = self.load.first_after(swap.time)
+        assert first is not None
+        return 1000 * first
+
+
+def chapters(
+    storage: FaultFs, directory: Path, *, seed: int, episodes: int, journal: str = "auto"
+) -> Iterator[Summary]:
+    """`episodes` in as many chapters as they need."""
+    done = 0
+    while done < episodes:
+        count = min(EPISODES, episodes - done)
+        chapter = Chapter(storage, directory, seed=seed * 1000 + done, journal=journal)
+        yield chapter.play(plans(seed, range(done, done + count)))
+        done += count
