@@ -98,6 +98,7 @@ def _echo_details(details: DeviceDetails) -> None:
             details.state if details.reason is None else f"{details.state}: {details.reason}",
         ),
         ("latched", details.latched or "no"),
+        ("full", details.full or "no"),
         ("parked", f"{details.parked_requests} requests, {format_size(details.parked_bytes)}"),
         ("journal", "off" if details.journal is None else _journal(details.journal)),
     ]

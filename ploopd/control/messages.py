@@ -73,7 +73,8 @@ class DeviceDetails(Message, frozen=True, kw_only=True):
 
     `state` is the gate's: `active`, `standby` or `recovering`.  `reason` says why it is not active.
     `format_version` is 0 for a raw image.  `notes` are what was found or repaired at open.
-    `journal` is None when the journal is off.
+    `latched` is the failure that made it read-only, `full` the last failure of a storage without
+    room; None if there is no such thing.  `journal` is None when the journal is off.
     """
 
     name: str
@@ -93,6 +94,7 @@ class DeviceDetails(Message, frozen=True, kw_only=True):
     layers: list[Layer]
     notes: list[str]
     latched: str | None = None
+    full: str | None = None
     journal: JournalDetails | None = None
 
 
