@@ -89,13 +89,14 @@ class ReplacePlan:
         self._target = target
         self._options = options
         self._descriptor = device.image if device.has_descriptor else None
+        self._substituted = target.guid in device.substitutes
         if target.guid is None:
             self.opens, self.substitutes = self.subject, device.substitutes
         else:
             self.opens = device.image
             self.substitutes = {**device.substitutes, target.guid: self.subject}
         volume = device.volume
-        self._wanted = _requirements(device, target, options)
+        self._wanted = requirements(device, target, options)
         guids = [each.guid for each in reversed(volume.layers) if each.guid is not None]
         self._place = Place(
             guids=guids[: len(volume.layers) - target.level], is_top=target.level == 0
@@ -120,7 +121,7 @@ class ReplacePlan:
             device.image = device.image if self._options.keep_name else self.subject
             return
         substitutes = dict(self.substitutes)
-        if self._options.keep_name and self.guid in self._device.substitutes:
+        if self._options.keep_name and self._substituted:
             substitutes[self.guid] = self.previous
         elif not self._kept_descriptor:
             del substitutes[self.guid]
@@ -243,7 +244,8 @@ def choose(device: Device, options: ReplaceOptions) -> LayerInfo:
     return layers[level]
 
 
-def _requirements(device: Device, target: LayerInfo, options: ReplaceOptions) -> Requirements:
+def requirements(device: Device, target: LayerInfo, options: ReplaceOptions) -> Requirements:
+    """What a file must be to take the place of `target`."""
     volume = device.volume
     by_descriptor = target.guid is not None
     return Requirements(

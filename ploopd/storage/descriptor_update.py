@@ -195,7 +195,7 @@ def sync_directory(directory: str, layer: OsLayer = REAL) -> None:
 
 def _refused(error: OSError, path: str) -> PloopError:
     """Why a descriptor could not be written anew."""
-    hint = "the image is not recorded there with --keep-name or --keep-descriptor"
+    hint = "with --keep-name or --keep-descriptor it needs no change"
     if error.errno in (errno.EACCES, errno.EPERM):
         return DeniedError(
             f"its new version cannot be written beside it: {error.strerror}", path=path, hint=hint
@@ -204,4 +204,6 @@ def _refused(error: OSError, path: str) -> PloopError:
         return ReadOnlyError("is on a read-only file system", path=path, hint=hint)
     if error.errno == errno.ENOENT:
         return open_error(error, path)
-    return StorageError.from_os(error, "update", path)
+    problem = StorageError.from_os(error, "update", path)
+    problem.hint = hint
+    return problem
