@@ -76,10 +76,16 @@ class Disk:
             return None
         start, end = _whole_blocks(offset, size)
         buffer = self._unit.buffers.take(end - start)
-        if self._unit.tasks.quiet and self._read_now(start, buffer.view):
+        try:
+            now = self._unit.tasks.quiet and self._gate.try_read(start, buffer.view)
+        except StorageError as error:
+            buffer.release()
+            self._failed(error, answer)
+            return None
+        if now:
+            self._count_read(size)
             answer(0, buffer.view[offset - start : offset - start + size])
             buffer.release()
-            self._count_read(size)
             return None
         script = self._read(start, buffer, offset - start, size)
         return self._begin(script, answer, start, end, buffer=buffer)
@@ -96,7 +102,13 @@ class Disk:
         stable = stable or not self._unit.modes.write_cache
         start, end = _whole_blocks(offset, len(data))
         aligned = end - start == len(data)
-        if aligned and not stable and self._unit.tasks.quiet and self._write_now(offset, data):
+        try:
+            quick = aligned and not stable and self._unit.tasks.quiet
+            now = quick and self._gate.try_write(offset, data)
+        except StorageError as error:
+            self._failed(error, answer)
+            return None
+        if now:
             self._count_write(len(data))
             answer(0, len(data))
             return None
@@ -152,17 +164,10 @@ class Disk:
 
     # -- now, or in steps ------------------------------------------------------------------
 
-    def _read_now(self, offset: int, view: memoryview) -> bool:
-        try:
-            return self._gate.try_read(offset, view)
-        except StorageError:
-            return False  # the long way reports it
-
-    def _write_now(self, offset: int, view: memoryview) -> bool:
-        try:
-            return self._gate.try_write(offset, view)
-        except StorageError:
-            return False
+    def _failed(self, error: StorageError, answer: Answer) -> None:
+        """An operation that was done at once has failed, and the gate does not park it."""
+        self._unit.stats.errors += 1
+        answer(_file_errno(error), None)
 
     def _read(self, start: int, buffer: Buffer, skip: int, size: int) -> Script:
         yield partial(self._gate.read, start, buffer.view)
@@ -356,7 +361,8 @@ class Operation:
     def _resume(self, error: StorageError | None) -> None:
         """Go on outside of a batch."""
         self._go_on(error)
-        self._unit.device.kick()
+        if not self.ended:
+            self._unit.device.kick()
 
     def _end(self, number: int, value: Value) -> None:
         self.ended = True

@@ -64,10 +64,15 @@ def check(directory: Path) -> None:
 
 
 def unmount(directory: Path) -> bool:
-    """Unmount, from under those who still use it if there are any; False if somebody did."""
-    if _run("-u", "-q", "--", os.fspath(directory)).returncode == 0:
+    """Unmount, from under those who still use it if there are any; False if somebody did.
+
+    Raises `PloopError` when it stays mounted.
+    """
+    if _run("-u", "--", os.fspath(directory)).returncode == 0:
         return True
-    _run("-u", "-q", "-z", "--", os.fspath(directory))
+    result = _run("-u", "-z", "--", os.fspath(directory))
+    if result.returncode:
+        raise PloopError(f"cannot be unmounted: {_said(result)}", path=directory)
     return False
 
 
@@ -93,7 +98,7 @@ def _check_directory(directory: Path) -> None:
     except OSError as error:
         if error.errno != errno.ENOTCONN:
             raise _directory_error(error, directory) from error
-        _run("-u", "-q", "-z", "--", os.fspath(directory))
+        _run("-u", "-z", "--", os.fspath(directory))
         try:
             names = _names(directory)
         except OSError as second:

@@ -367,14 +367,16 @@ class _Operations(pyfuse3.Operations):
             disk = self._disks[node.device.name]
             if flags & _WRITING and not disk.writable:
                 raise pyfuse3.FUSEError(errno.EROFS)
-            return pyfuse3.FileInfo(fh=self._disk_handles.open(disk), direct_io=True)
+            handle = self._disk_handles.open(disk)
+            # What another process has mapped may be older than what an initiator has written.
+            return pyfuse3.FileInfo(fh=handle, direct_io=True, keep_cache=False)
         if not isinstance(node, Attribute):
             raise pyfuse3.FUSEError(errno.EISDIR)
         if flags & _WRITING and node.store is None:
             raise pyfuse3.FUSEError(errno.EACCES)  # as sysfs says, even to root
         handle = self._handle()
         self._open[handle] = _OpenAttribute(path=path, attribute=node)
-        return pyfuse3.FileInfo(fh=handle, direct_io=True)
+        return pyfuse3.FileInfo(fh=handle, direct_io=True, keep_cache=False)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         opened = self._open[fh]
