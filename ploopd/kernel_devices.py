@@ -1,0 +1,115 @@
+"""Devices for the kernel's target: the daemon's own, or images that a backstore names."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import trio
+
+from ploopd.control.recovery import replace
+from ploopd.device_table import DeviceTable
+from ploopd.devices import Device, DeviceOptions
+from ploopd.errors import NotFoundError, PloopError, UsageError
+from ploopd.frontends.tcmu.attachment import Served
+from ploopd.frontends.tcmu.names import Reference
+from ploopd.gate.state import GateState
+from ploopd.scsi.logical_unit import LogicalUnit
+
+log = logging.getLogger(__name__)
+
+
+class KernelDevice:
+    """A device as the front end sees it."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    @property
+    def name(self) -> str:
+        return self.device.name
+
+    @property
+    def size(self) -> int:
+        return self.device.size
+
+    @property
+    def unit(self) -> LogicalUnit:
+        return self.device.unit
+
+    @property
+    def parking(self) -> bool:
+        return self.device.gate.state is not GateState.ACTIVE
+
+    def bind(self) -> None:
+        self.device.bind()
+
+    def unbind(self) -> None:
+        self.device.unbind()
+
+
+class KernelDevices:
+    """Finds or opens what a backstore's configuration string names; `options` are for images that
+    are opened here.  A device that was opened here is closed when its last backstore is gone."""
+
+    def __init__(self, table: DeviceTable, options: DeviceOptions) -> None:
+        self._table = table
+        self._options = options
+        self._users: dict[Device, int] = {}
+        self._opening = trio.Lock()
+
+    async def acquire(self, reference: Reference) -> Served:
+        """Raises NotFoundError for an unknown name and what opening an image raises."""
+        async with self._opening:
+            device = self._find(reference)
+            if device is None:
+                assert reference.image is not None
+                device = await self._table.add(reference.image, self._options)
+                self._users[device] = 0
+                log.info("event=device-opened device=%s image=%r", device.name, device.image)
+            if device in self._users:
+                self._users[device] += 1
+            return KernelDevice(device)
+
+    def _find(self, reference: Reference) -> Device | None:
+        if reference.device is not None:
+            for device in self._table:
+                if device.name == reference.device:
+                    return device
+            names = ", ".join(device.name for device in self._table) or "none"
+            raise NotFoundError(
+                "no such device", field="device", value=reference.device, hint=f"there are: {names}"
+            )
+        assert reference.image is not None
+        wanted = os.path.realpath(reference.image)
+        for device in self._table:
+            if os.path.realpath(device.image) == wanted:
+                return device
+        return None
+
+    async def release(self, device: Served) -> None:
+        """Close the device if it was opened here and this was its last backstore."""
+        assert isinstance(device, KernelDevice)
+        async with self._opening:
+            users = self._users.get(device.device)
+            if users is None:
+                return
+            if users > 1:
+                self._users[device.device] = users - 1
+                return
+            del self._users[device.device]
+            try:
+                await self._table.remove(device.device)
+            except PloopError as error:
+                log.error("event=close-failed device=%s error=%r", device.name, str(error))  # noqa: TRY400
+
+    async def change_medium(self, device: Served, reference: Reference) -> None:
+        """Replace the device's top delta by the image of `reference`; raises what that raises."""
+        assert isinstance(device, KernelDevice)
+        if reference.image is None:
+            raise UsageError(
+                "is a device's name; a medium is an image's path",
+                field="cfgstring",
+                value=str(reference),
+            )
+        await replace(device.device, reference.image)

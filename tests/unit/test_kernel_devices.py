@@ -1,0 +1,101 @@
+"""Devices for the kernel's target: found by name or path, opened and closed on demand."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from ploopd.device_table import DeviceTable
+from ploopd.devices import DeviceOptions, Environment
+from ploopd.errors import NotFoundError, PloopError, UsageError
+from ploopd.fileio.engine import make_engine
+from ploopd.frontends.tcmu.names import Reference
+from ploopd.kernel_devices import KernelDevices
+from ploopd.storage.create import create_image
+from scst_shim import StandbyCheck
+
+SIZE = 8 << 20
+
+pytestmark = pytest.mark.trio
+
+
+@pytest.fixture
+async def table() -> AsyncIterator[DeviceTable]:
+    engine = make_engine("auto")
+    check = StandbyCheck()
+    check.enable()
+    env = Environment(engine=engine, buffers=engine.buffers, check=check, clock=trio.current_time)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(engine.run)
+        table = DeviceTable(env)
+        await nursery.start(table.run)
+        yield table
+        await table.close()
+        nursery.cancel_scope.cancel()
+    engine.close()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.hds"
+    create_image(str(path), SIZE, 1 << 20, 2)
+    return path
+
+
+async def test_a_served_device_is_found_and_stays(table: DeviceTable, image: Path) -> None:
+    device = await table.add(str(image))
+    devices = KernelDevices(table, DeviceOptions())
+    by_name = await devices.acquire(Reference(device="disk"))
+    by_path = await devices.acquire(Reference(image=f"{image.parent}/./disk.hds"))
+    assert by_name.unit is by_path.unit is device.unit
+    assert by_name.size == SIZE
+    await devices.release(by_name)
+    await devices.release(by_path)
+    assert list(table) == [device]
+
+
+async def test_an_image_is_opened_for_its_first_and_closed_after_its_last_backstore(
+    table: DeviceTable, image: Path
+) -> None:
+    devices = KernelDevices(table, DeviceOptions())
+    reference = Reference(image=str(image))
+    first, second = await devices.acquire(reference), await devices.acquire(reference)
+    assert len(table) == 1
+    await devices.release(first)
+    assert len(table) == 1
+    await devices.release(second)
+    assert len(table) == 0
+    await devices.release(await devices.acquire(reference))  # its locks are gone
+
+
+async def test_two_at_once_open_the_image_once(table: DeviceTable, image: Path) -> None:
+    devices = KernelDevices(table, DeviceOptions())
+    async with trio.open_nursery() as nursery:
+        for _ in range(4):
+            nursery.start_soon(devices.acquire, Reference(image=str(image)))
+    assert len(table) == 1
+
+
+async def test_unknown_names_and_files_are_told(table: DeviceTable, tmp_path: Path) -> None:
+    devices = KernelDevices(table, DeviceOptions())
+    with pytest.raises(NotFoundError, match="there are: none"):
+        await devices.acquire(Reference(device="disk"))
+    with pytest.raises(NotFoundError, match=r"missing\.hds"):
+        await devices.acquire(Reference(image=str(tmp_path / "missing.hds")))
+    with pytest.raises(PloopError):
+        await devices.acquire(Reference(image="/dev/null"))
+    assert len(table) == 0
+
+
+async def test_another_medium_is_a_replace(table: DeviceTable, image: Path, tmp_path: Path) -> None:
+    devices = KernelDevices(table, DeviceOptions())
+    served = await devices.acquire(Reference(image=str(image)))
+    other = tmp_path / "other.hds"
+    create_image(str(other), SIZE, 1 << 20, 2)
+    await devices.change_medium(served, Reference(image=str(other)))
+    assert [device.image for device in table] == [str(other)]
+    with pytest.raises(UsageError, match="a device's name"):
+        await devices.change_medium(served, Reference(device="disk"))
