@@ -79,8 +79,11 @@ class Initiator:
         *,
         name: str = "iqn.2026-01.org.ploopd:test",
         timeout: float = 30.0,
+        isid: bytes | None = None,
     ) -> None:
+        """`isid`: that of a session with the same `name`, to take its place."""
         self.lun = url.lun
+        self.isid = isid if isid is not None else b"\x80" + os.urandom(2) + b"\0" + os.urandom(2)
         self._tag = 1
         self._cmd_sn = 1
         self._exp_stat_sn = 0
@@ -105,7 +108,6 @@ class Initiator:
     # --- login ------------------------------------------------------------------------------
 
     def _login(self, iqn: str, name: str) -> None:
-        self._isid = b"\x80" + os.urandom(2) + b"\0" + os.urandom(2)
         first = [f"InitiatorName={name}", f"TargetName={iqn}", "SessionType=Normal"]
         self._login_step(0x81, [*first, "AuthMethod=None"])
         flags = self._login_step(0x87, list(KEYS))
@@ -120,7 +122,7 @@ class Initiator:
         header = bytearray(BHS)
         header[0], header[1] = 0x43, flags
         header[5:8] = len(text).to_bytes(3, "big")
-        header[8:14] = self._isid
+        header[8:14] = self.isid
         struct.pack_into(">I", header, 16, 1)
         struct.pack_into(">II", header, 24, self._cmd_sn, self._exp_stat_sn)
         self._socket.sendall(header + text + b"\0" * (-len(text) % 4))
@@ -374,14 +376,18 @@ class Initiator:
         raise ProtocolError("the logical unit does not become ready")
 
     def logout(self, timeout: float = 5.0) -> None:
+        self.wait(self.request_logout(), timeout)
+        self.close()
+
+    def request_logout(self) -> int:
+        """Queue a logout; its answer has the kind LOGOUT."""
         tag = self._new_tag()
         header = bytearray(BHS)
         header[0], header[1] = 0x46, 0x80
         struct.pack_into(">I", header, 16, tag)
         struct.pack_into(">II", header, 24, self._cmd_sn, self._exp_stat_sn)
         self._out += header
-        self.wait(tag, timeout)
-        self.close()
+        return tag
 
     def close(self) -> None:
         self._socket.close()
