@@ -21,6 +21,7 @@ import trio
 from ploopd import __version__
 from ploopd.config import DeviceConfig, ServeConfig
 from ploopd.control import messages
+from ploopd.control.automation import Automation, RecoveryPolicy
 from ploopd.control.context import ControlContext
 from ploopd.control.event_log import EventLog
 from ploopd.control.handlers import all_operations
@@ -131,6 +132,18 @@ def device_options(config: DeviceConfig) -> DeviceOptions:
     )
 
 
+def recovery_policy(config: DeviceConfig) -> RecoveryPolicy:
+    """How a device comes back from standby."""
+    return RecoveryPolicy(
+        mode=config.recovery,
+        candidates=config.candidates,
+        command=config.recovery_command or (),
+        delay=config.recovery_delay,
+        delay_max=config.recovery_delay_max,
+        timeout=config.recovery_timeout,
+    )
+
+
 def device_names(configs: Sequence[DeviceConfig]) -> list[str]:
     """The configured name of each device, or one made from the file that no other device has."""
     taken = {config.name for config in configs if config.name is not None}
@@ -176,7 +189,9 @@ class _Daemon:
         )
         self.portals: list[tuple[str, int]] = []
         self.view = None if config.sysfs is None else make_view(self.devices, config.sysfs)
+        self.automation = Automation(control.path)
         self.control_scope = trio.CancelScope()
+        self.automation_scope = trio.CancelScope()
         self.asking = trio.CancelScope()
         self.stopping = trio.CancelScope(shield=True)
         self.started = trio.current_time()
@@ -235,6 +250,7 @@ class _Daemon:
             await self._open_devices()
             if self.view is not None:
                 await nursery.start(self.view.serve)
+            await nursery.start(self._recover)
             self.portals = await nursery.start(self.iscsi.serve)
             await nursery.start(self._serve_control)
             finished = True
@@ -248,12 +264,19 @@ class _Daemon:
             server = self._control_server()
             await server.serve(self.control.socket, task_status=task_status)
 
+    async def _recover(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        with self.automation_scope:
+            await self.automation.run(task_status=task_status)
+
     async def _open_devices(self) -> None:
         if any(device.standby for device in self.config.devices):
             self.check.enable()
         configs = self.config.devices
         for lun, (name, config) in enumerate(zip(device_names(configs), configs, strict=True)):
             device = await self.devices.add(config.image, device_options(config), name=name)
+            self.automation.add(device, recovery_policy(config))
             self.target.add_unit(lun, device.unit)
             device.bind()
             for note in device.volume.notes:
@@ -282,6 +305,7 @@ class _Daemon:
             version=__version__,
             started=self.started,
             event_log=self.event_log,
+            automation=self.automation,
         )
         info = messages.ServiceInfo(
             vendor="ploopd",
@@ -323,6 +347,7 @@ class _Daemon:
         self.notifier.stopping()
         # A replacement that is under way ends here, in one piece or in standby.
         self.control_scope.cancel()
+        self.automation_scope.cancel()
         problems = self._unexecuted()  # a session that ends drops what it has parked
         with self.asking, trio.move_on_after(2 * LOGOUT_GRACE):
             await self.iscsi.shutdown(LOGOUT_GRACE)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,6 +132,27 @@ if TYPE_CHECKING:
     help="Listen on a network address although there is neither CHAP nor an ACL.",
 )
 @click.option(
+    "--recovery",
+    type=click.Choice(["manual", "reopen", "command"]),
+    default="manual",
+    show_default=True,
+    help="Who ends a standby after a storage error: an operator, ploopd by opening the image "
+    "again, or a program.",
+)
+@click.option(
+    "--candidate",
+    "candidates",
+    multiple=True,
+    type=click.Path(readable=False),
+    metavar="FILE",
+    help="A replica of the image, for --recovery reopen. May be repeated.",
+)
+@click.option(
+    "--recovery-command",
+    metavar="COMMAND",
+    help="The program and its arguments for --recovery command; there is no shell.",
+)
+@click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
@@ -158,6 +181,9 @@ def serve(
     chap_files: tuple[str, ...],
     acl: tuple[str, ...],
     insecure: bool,
+    recovery: str,
+    candidates: tuple[str, ...],
+    recovery_command: str | None,
     log_level: str,
     hints: bool,
 ) -> None:
@@ -170,6 +196,8 @@ def serve(
     from ploopd.config import DeviceConfig, ServeConfig, default_iqn, parse_portal, read_chap_files
     from ploopd.frontends.iscsi.config import IscsiConfig
 
+    if candidates and len(images) > 1:
+        raise click.BadParameter("goes with one IMAGE", param_hint="--candidate")
     iscsi = IscsiConfig(
         portals=(parse_portal(portal),),
         iqn=iqn or default_iqn(),
@@ -189,6 +217,9 @@ def serve(
         journal=journal,  # type: ignore[arg-type]  # click has checked it
         journal_size=journal_size,
         image_root=image_root,
+        recovery=recovery,  # type: ignore[arg-type]  # click has checked it
+        candidates=tuple(os.path.abspath(candidate) for candidate in candidates),
+        recovery_command=_command(recovery_command),
     )
     config = ServeConfig(
         devices=tuple(replace(device, image=os.path.abspath(image)) for image in images),
@@ -198,6 +229,24 @@ def serve(
     )
     config.check()
     _run(config, log_level, hints=hints)
+
+
+def _command(text: str | None) -> tuple[str, ...] | None:
+    """The words of a command; its program is made an absolute path."""
+    if text is None:
+        return None
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r}: {error}", param_hint="--recovery-command") from error
+    if not words:
+        raise click.BadParameter("names no program", param_hint="--recovery-command")
+    program = shutil.which(words[0])
+    if program is None:
+        raise click.BadParameter(
+            f"{words[0]!r} is not a program that can be run", param_hint="--recovery-command"
+        )
+    return (os.path.abspath(program), *words[1:])
 
 
 def _run(config: ServeConfig, log_level: str, *, hints: bool) -> None:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ploopd.control.automation import Automation
 from ploopd.control.event_log import EventLog
 from ploopd.device_table import DeviceTable
 from ploopd.devices import Device
@@ -17,7 +18,7 @@ class ControlContext:
     """The daemon, as its handlers see it.
 
     `urls(device)` are the URLs of a device; `started` is on the devices' clock.
-    `event_log` has what happened to them.
+    `event_log` has what happened to them, `automation` recovers them.
     """
 
     devices: DeviceTable
@@ -27,6 +28,7 @@ class ControlContext:
     version: str
     started: float
     event_log: EventLog
+    automation: Automation
 
     def find(self, name: str) -> Device:
         """The device called `name`.  Raises `NotFoundError`, which proposes the nearest name."""

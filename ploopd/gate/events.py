@@ -47,6 +47,11 @@ _LEVELS: Mapping[EventKind, int] = {
 }
 
 
+_REPLACING = frozenset(
+    {EventKind.REPLACE_STARTED, EventKind.REPLACE_STEP, EventKind.REPLACE_FAILED}
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """One thing that happened to `device` at `time` (seconds of the daemon's clock).
@@ -83,6 +88,8 @@ class EventBus:
 
     def __init__(self) -> None:
         self._subscribers: list[Subscriber] = []
+        self.quiet: set[str] = set()
+        """Devices whose failing replacements are expected, and not worth a line each."""
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Call `subscriber(event)` from now on; returns the way to stop that."""
@@ -97,6 +104,8 @@ class EventBus:
     def publish(self, event: Event) -> None:
         """Log `event` and tell every subscriber."""
         level = _LEVELS.get(event.kind, logging.INFO)
+        if event.kind in _REPLACING and event.device in self.quiet:
+            level = logging.DEBUG
         _log.log(level, "%s", event, extra={"ploopd_event": event})
         for subscriber in tuple(self._subscribers):
             subscriber(event)

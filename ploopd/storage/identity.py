@@ -45,7 +45,7 @@ def load_identity(path: str, *, create: bool) -> uuid.UUID:
     would look like another disk to everybody who knows this one.
     """
     sidecar = sidecar_path(path)
-    found = _read(sidecar)
+    found = read_identity(path)
     if found is not None or not create:
         return found or derived_identity(path)
     return _create(sidecar, uuid.uuid4()) or derived_identity(path)
@@ -57,6 +57,14 @@ def keep_identity(path: str, identity: uuid.UUID) -> bool:
     False if the image has an identity of its own, which stays, or its directory cannot be written.
     """
     return _create(sidecar_path(path), identity) == identity
+
+
+def read_identity(path: str) -> uuid.UUID | None:
+    """The identity that is kept beside the image at `path`, None if there is none.
+
+    Raises ImageFormatError for a file that holds something else, and what `open` raises.
+    """
+    return _read(sidecar_path(path))
 
 
 def _read(sidecar: str) -> uuid.UUID | None:

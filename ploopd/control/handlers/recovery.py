@@ -41,7 +41,10 @@ def operations(context: ControlContext) -> list[Operation]:
                 on_step=on_step,
             )
 
-        return await _with_steps(device, recover, send)
+        if parameters.dry_run:
+            return await _with_steps(device, recover, send)
+        async with context.automation.operator(device):
+            return await _with_steps(device, recover, send)
 
     async def reload_device(
         parameters: messages.ReloadParameters, send: Send
@@ -51,7 +54,10 @@ def operations(context: ControlContext) -> list[Operation]:
         async def recover(on_step: OnStep) -> ReplaceReport:
             return await recovery.reload(device, dry_run=parameters.dry_run, on_step=on_step)
 
-        return await _with_steps(device, recover, send)
+        if parameters.dry_run:
+            return await _with_steps(device, recover, send)
+        async with context.automation.operator(device):
+            return await _with_steps(device, recover, send)
 
     async def clear_latch(parameters: messages.DeviceName, _send: Send) -> messages.ClearLatchReply:
         failure = recovery.clear_latch(context.find(parameters.name))

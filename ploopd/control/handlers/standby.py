@@ -25,6 +25,7 @@ def operations(context: ControlContext) -> list[Operation]:
     async def enter(parameters: messages.DeviceName, _send: Send) -> messages.StandbyState:
         device = context.find(parameters.name)
         device.gate.enter_standby("entered by ploopctl")
+        context.automation.hold(device)
         return _state(device)
 
     async def leave(parameters: messages.DeviceName, _send: Send) -> messages.StandbyState:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ploopd import config
+from ploopd.cli import errors
 from ploopd.cli.ploopctl import cli as ploopctl
 from ploopd.cli.ploopd import cli as ploopd
 from ploopd.config import ConfigError, DeviceConfig, ServeConfig, parse_portal, read_chap_files
@@ -203,3 +204,24 @@ def test_permission_is_not_the_parsers_business() -> None:
     assert ("ploopd serve", "images") in {(name, parameter) for name, parameter, _ in paths}
     wrong = [(name, parameter) for name, parameter, kind in paths if kind.readable]
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--recovery", "command"), "recovery command"),
+        (("--recovery-command", "/bin/true"), "recovery"),
+        (("--recovery-command", "no-such-program-anywhere x"), "not a program"),
+        (("--recovery-command", "'"), "closing quotation"),
+        (("--recovery-command", " "), "names no program"),
+        (("--candidate", "b"), "candidates are for"),
+        (("--recovery", "reopen", "--candidate", "b", "second"), "one IMAGE"),
+        (("--recovery", "never"), "reopen"),
+    ],
+)
+def test_recovery_options_that_make_no_sense(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = errors.run_to_code("ploopd", ploopd, ["serve", "first", *arguments])
+    assert code == ExitCode.USAGE
+    assert message in capsys.readouterr().err

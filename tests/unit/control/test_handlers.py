@@ -12,6 +12,7 @@ import trio
 import trio.testing
 
 from ploopd.control import messages
+from ploopd.control.automation import Automation
 from ploopd.control.context import ControlContext
 from ploopd.control.event_log import EventLog
 from ploopd.control.handlers import all_operations
@@ -41,6 +42,7 @@ class Daemon:
             version="1.2.3",
             started=devices.env.clock() - 5.0,
             event_log=EventLog(devices.env.events),
+            automation=Automation(Path("/nonexistent")),
         )
         self._operations: dict[str, Operation] = {
             each.method.name: each for each in all_operations(context)
