@@ -7,6 +7,7 @@ Needs root, to mount a small file system of its own.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -101,9 +102,22 @@ def fill_and_go_on(server: ServeProcess, ballast: Path) -> list[int]:
         assert write(initiator, 0).status == GOOD
         assert initiator.good(initiator.read(BLOCKS, BLOCKS)) == pattern(1)
         assert server.standby("thin") == "off"
+        for index in range(len(written) + 1, len(written) + 4):
+            assert write(initiator, index).sense_text == "sense 07/27/07"
+        details = server.ctl_json("device", "show", "thin")
+        assert "No space left" in details["full"]
+        assert (details["state"], details["latched"]) == ("active", None)
+        assert events(server) == ["space-exhausted"]
         ballast.unlink()
         for index in range(len(written), len(written) + 8):
             assert write(initiator, index).status == GOOD
             written.append(index)
         initiator.good(initiator.synchronize_cache())
+        assert server.ctl_json("device", "show", "thin")["full"] is None
+        assert events(server) == ["space-exhausted", "space-returned"]
     return written
+
+
+def events(server: ServeProcess) -> list[str]:
+    """What the log says of the room there is."""
+    return re.findall(r"event=(space-\S+)", server.stderr)
