@@ -20,7 +20,7 @@ from ploopd.errors import ExitCode, PloopError, StorageError
 from ploopd.fileio.buffers import BufferPool
 from ploopd.fileio.engine import IoEngine
 from ploopd.fileio.oslayer import REAL, OsLayer
-from ploopd.gate.events import EventBus, EventKind
+from ploopd.gate.events import Event, EventBus, EventKind
 from ploopd.gate.filter import STANDBY_ERRNOS, Gate
 from ploopd.gate.limits import ParkLimits
 from ploopd.scsi.cdb import BLOCK_SHIFT
@@ -168,7 +168,7 @@ class Device:
             name=name,
             fuses=device.flags,
             clock=env.clock,
-            on_event=env.events.publish,
+            on_event=device._publish,
             limits=options.limits,
             standby_errnos=options.standby_errnos,
         )
@@ -307,6 +307,12 @@ class Device:
         What the journal held is forgotten if it has been replayed into `volume`.
         """
         return self.journaling.attach(volume)
+
+    def _publish(self, event: Event) -> None:
+        """An event of the gate."""
+        if event.kind in (EventKind.STANDBY_LEFT, EventKind.LATCH_CLEARED):
+            self.journaling.trust()  # an operator has decided to go on with this storage
+        self.env.events.publish(event)
 
     def _flush_failed(self, error: StorageError) -> None:
         """A flush that only the journal wanted has failed."""

@@ -15,6 +15,10 @@ NO_ROOM = frozenset({_errno.ENOSPC, _errno.EDQUOT, _errno.EFBIG})
 """What a storage answers that works and has no room: on its disk, in a quota, or because a file of
 version 1, or of its file system, cannot be larger."""
 
+HARMLESS_ERRNOS = NO_ROOM | {_errno.EROFS, _errno.ECANCELED, _errno.EOPNOTSUPP}
+"""Errors that say nothing about the storage's health: they never latch a device, and they can never
+be standby errnos."""
+
 
 class ExitCode(IntEnum):
     """Exit codes of `ploopd` and `ploopctl` (`ploopctl image check` uses qemu-img's instead)."""

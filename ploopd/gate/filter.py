@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Collection, Iterator
 
-from ploopd.errors import NO_ROOM, StorageError, UsageError
+from ploopd.errors import HARMLESS_ERRNOS, StorageError, UsageError
 from ploopd.gate.events import Event, EventKind, Subscriber
 from ploopd.gate.limits import ParkLimits
 from ploopd.gate.parking import Op, Request
@@ -23,10 +23,6 @@ from scst_shim import QueueFlags, StandbyState
 
 STANDBY_ERRNOS = frozenset({errno.EBUSY, errno.ENOTCONN, errno.EIO})
 """The errnos that put a device into standby (the standby contract of dm-ploop)."""
-
-HARMLESS_ERRNOS = NO_ROOM | {errno.EROFS, errno.ECANCELED, errno.EOPNOTSUPP}
-"""Errors that say nothing about the storage's health: they never latch the device, and they can
-never be standby errnos."""
 
 TryNow = Callable[[int, memoryview], bool]
 

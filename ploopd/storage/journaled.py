@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 
-from ploopd.errors import StorageError
+from ploopd.errors import HARMLESS_ERRNOS, StorageError
 from ploopd.storage.device import BlockDevice, Done, Pending
 from ploopd.storage.journal import RECORD_OVERHEAD, Journal
 from ploopd.storage.request import FINISHED
@@ -26,12 +26,15 @@ class JournaledDevice:
     """See `BlockDevice` and the module's first lines.
 
     A flush that succeeds drops the records of what was acknowledged before it was started.  It is
-    up to `volume` that none succeeds after a sync has failed (`BlockDevice.flush`).
+    up to `volume` that none succeeds after a sync has failed (`BlockDevice.flush`).  Nor does one
+    succeed here after a change has failed: a network file system may have written behind, and told
+    of an older write's loss by failing a newer one; its next sync knows nothing of that.
     """
 
     __slots__ = (
         "_ceiling",
         "_early",
+        "_failure",
         "_flush_at",
         "_forcing",
         "_on_failure",
@@ -63,6 +66,7 @@ class JournaledDevice:
         self._on_failure = on_failure
         self._waiting: deque[_Change] = deque()
         self._forcing = False
+        self._failure: StorageError | None = None
         self._retired = False
         self._early = journal.limit // 2
         self._flush_at: float = self._early
@@ -73,8 +77,14 @@ class JournaledDevice:
     def try_write(self, offset: int, buffer: memoryview) -> bool:
         """See `BlockDevice.try_write`; never when that would need a flush first."""
         journal = self.journal
-        if journal.used + len(buffer) > self._ceiling or not self._write_now(offset, buffer):
+        if journal.used + len(buffer) > self._ceiling:
             return False
+        try:
+            if not self._write_now(offset, buffer):
+                return False
+        except StorageError as error:
+            self.failed(error)
+            raise
         journal.wrote(offset, buffer)
         if journal.used > self._flush_at:
             self._force_flush()
@@ -127,7 +137,11 @@ class JournaledDevice:
         mark = journal.mark()
 
         def ended(error: StorageError | None) -> None:
-            if error is None and not self._retired:
+            if error is not None:
+                self.failed(error)
+            elif self._failure is not None:
+                error = self._failure.again()
+            elif not self._retired:
                 journal.drop(mark)
                 if self._flush_at == math.inf and not self._forcing:
                     self._flush_at = self._early
@@ -136,7 +150,16 @@ class JournaledDevice:
 
         return self._volume.flush(ended)
 
-    # -- the end ---------------------------------------------------------------------------
+    # -- trust, and the end ----------------------------------------------------------------
+
+    def failed(self, error: StorageError) -> None:
+        """Something failed: what was acknowledged before may be lost, whatever a sync says."""
+        if self._failure is None and error.errno not in HARMLESS_ERRNOS:
+            self._failure = error
+
+    def trust(self) -> None:
+        """An operator goes on with this storage."""
+        self._failure = None
 
     def retire(self) -> None:
         """The volume has been let go: what still comes from it changes the journal no more."""
@@ -198,6 +221,8 @@ class JournaledDevice:
         if self._retired:
             return
         self.journal.release(change.cost)
+        if error is not None:
+            self.failed(error)
         # What is durable and covers nothing that is recorded need not be remembered.
         if error is None and (self.journal or not change.durable):
             change.record()
@@ -272,4 +297,5 @@ class _Change:
             self._device.flush(self.done)
             self._device.kick()
         else:
+            self._device.failed(error)
             self.done(error)

@@ -94,6 +94,11 @@ class Journaling:
         self._replayed = volume
         return written
 
+    def trust(self) -> None:
+        """An operator goes on with a storage that has failed."""
+        if self._device is not None:
+            self._device.trust()
+
     def closed(self) -> None:
         """The volume has been synced and closed."""
         self._journal.clear()

@@ -119,6 +119,38 @@ def test_a_write_with_fua_supersedes_older_records_and_is_not_needed_without_the
     assert setup.ranges == [(0, 1024), (512, 512)]
 
 
+@pytest.mark.parametrize("inline", [True, False])
+def test_after_a_change_has_failed_no_flush_counts_until_an_operator_trusts_it(
+    inline: bool,
+) -> None:
+    """Its error may have been that of an older write, which the storage had only promised."""
+    setup = Setup(completion=Completion.AT_ONCE)
+    setup.device.try_write(0, memoryview(b"a" * 512))
+    setup.memory.fail("write", errno.EIO)
+    if inline:
+        with pytest.raises(StorageError):
+            setup.device.try_write(512, memoryview(b"b" * 512))
+    else:
+        setup.write(512, b"b" * 512)
+    setup.flush()
+    (error,) = setup.answers[-1]
+    assert error is not None
+    assert error.errno == errno.EIO
+    assert setup.ranges == [(0, 512)]
+    setup.device.trust()
+    setup.flush()
+    assert setup.answers[-1] == [None]
+    assert not setup.journal
+
+
+def test_a_full_storage_is_no_reason_to_distrust_it() -> None:
+    setup = Setup(completion=Completion.AT_ONCE)
+    setup.memory.fail("write", errno.ENOSPC)
+    setup.write(512, b"b" * 512)
+    setup.flush()
+    assert setup.answers[-1] == [None]
+
+
 def test_half_full_it_is_flushed_once_and_nobody_waits() -> None:
     setup = Setup(limit=64 * KIB)
     for index in range(8):
