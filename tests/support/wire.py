@@ -11,28 +11,21 @@ from __future__ import annotations
 
 import errno
 import random
-import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ploopd.control import messages
-from ploopd.control.client import ControlClient
-from tests.support import images, oracles
 from tests.support.faultfs import FaultFs
-from tests.support.images import MIB
 from tests.support.initiator import Initiator
-from tests.support.load import BLOCK, Journal, Mix
+from tests.support.load import Journal, Mix
 from tests.support.measured import MeasuredLoad, logged_events
 from tests.support.serve import ServeProcess
+from tests.support.stage import BLOCKS_PER_CLUSTER, CLUSTER, PATIENCE, SIZE, Chain, Operator
 
-SIZE = 64 * MIB
-CLUSTER = 65536
-BLOCKS_PER_CLUSTER = CLUSTER // BLOCK
 WINDOW = 48
 """Clusters that an episode is the first to write to: they are copied on write."""
 
@@ -42,7 +35,6 @@ EPISODES = SIZE // CLUSTER // WINDOW - 1
 ERRNOS = (errno.EBUSY, errno.ENOTCONN, errno.EIO)
 FAILING = ("data-write", "data-read", "bat-write", "cow-read", "cow-write", "fsync")
 WAYS = ("same path", "other file")
-PATIENCE = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,12 +129,11 @@ class Chapter:
         self.storage = storage
         self.directory = directory
         self.seed = seed
-        self.place = storage.source / f"chapter-{seed}"
-        self.top = "top.hds"
+        self.chain = Chain(storage, f"chapter-{seed}", seed=seed)
         # Nobody may be told BUSY: the load takes that for an error.
         self.options = ("--park-max", "forever", "--journal", journal)
         self.server: ServeProcess
-        self.device = ""
+        self.operator: Operator
         self.load: WireLoad
         self._read = 0
 
@@ -150,13 +141,14 @@ class Chapter:
         """The episodes in turn, then the verdict of QEMU."""
         assert len(plans) <= EPISODES
         summary = Summary()
-        descriptor = self._make_chain()
-        journal = Journal(self.seed, self._initial)
+        journal = Journal(self.seed, self.chain.initial)
         with ServeProcess(
-            descriptor, directory=self.directory, options=self.options
+            self.chain.descriptor, directory=self.directory, options=self.options
         ) as self.server:
-            (self.device,) = self.server.device_names()
-            with Initiator(self.server.url) as initiator:
+            with (
+                Operator(self.server.control, self.server.device_names()[0]) as self.operator,
+                Initiator(self.server.url) as initiator,
+            ):
                 initiator.settle()
                 self.load = WireLoad(initiator, journal, range(1), seed=self.seed, overlap=True)
                 self._warm_up()
@@ -167,48 +159,12 @@ class Chapter:
                 initiator.logout()
             assert self.server.stop() == 0, self.server.stderr[-3000:]
             assert "Traceback" not in self.server.stderr, self.server.stderr[-3000:]
-        self._judge(journal)
-        summary.requests, summary.verified = self.load.completed, self.load.verified
-        shutil.rmtree(self.place)
-        return summary
-
-    # -- the chain -------------------------------------------------------------------------
-
-    def _make_chain(self) -> Path:
-        """A base in which every cluster has content, and an empty top; the path to serve."""
-        self.place.mkdir()
-        self._content = random.Random(self.seed).randbytes(MIB)
-        whole = range(SIZE // CLUSTER)
-        clusters = {index: self._cluster(index) for index in whole}
-        images.write_delta(self.place / "base.hds", SIZE, clusters, cluster_size=CLUSTER)
-        images.write_delta(self.place / self.top, SIZE, {}, cluster_size=CLUSTER)
-        rows = [
-            (images.guid(1), "Compressed", "base.hds"),
-            (images.TOP_GUID, "Compressed", self.top),
-        ]
-        descriptor = images.write_descriptor(self.place, SIZE, rows, cluster_size=CLUSTER)
-        return self.storage.mountpoint / descriptor.relative_to(self.storage.source)
-
-    def _cluster(self, index: int) -> bytes:
-        """Content that differs from cluster to cluster."""
-        start = index * 4099 % (MIB - CLUSTER)
-        return self._content[start : start + CLUSTER]
-
-    def _initial(self, block: int) -> bytes:
-        index, within = divmod(block, BLOCKS_PER_CLUSTER)
-        return self._cluster(index)[within * BLOCK : (within + 1) * BLOCK]
-
-    def _judge(self, journal: Journal) -> None:
-        top = self.place / self.top
-        layers = [("parallels", self.place / "base.hds"), ("parallels", top)]
-        raw = self.directory / f"final-{self.seed}.raw"
-        seen = oracles.read_through_qemu(layers, raw)
-        assert journal.verify_file(seen, size=SIZE) > 0
+        raw = self.chain.read_through_qemu(self.directory / f"final-{self.seed}.raw")
+        assert journal.verify_file(raw, size=SIZE) > 0
         raw.unlink()
-        assert oracles.bat_problems(top) == []
-        assert oracles.in_use_word(top) == 0
-
-    # -- an episode ------------------------------------------------------------------------
+        summary.requests, summary.verified = self.load.completed, self.load.verified
+        self.chain.remove()
+        return summary
 
     def _window(self, place: int) -> range:
         """Clusters of the episodes at `place`; −1 is the warm-up before the first."""
@@ -232,12 +188,13 @@ class Chapter:
         load.run(requests=40)
         with ThreadPoolExecutor(1) as pool:
             playing = pool.submit(self._direct, place, plan)
-            # What fails beside the load must not wait for a load that waits for it.
-            load.run(
-                until=playing.done,
-                tick=lambda: playing.result() and None if playing.done() else None,
-                stall=PATIENCE,
-            )
+
+            def watch() -> None:
+                """What fails beside the load must not wait for a load that waits for it."""
+                if playing.done():
+                    playing.result()
+
+            load.run(until=playing.done, tick=watch, stall=PATIENCE)
             parked = playing.result()
         load.run(requests=60)
         self._verify(place)
@@ -250,79 +207,47 @@ class Chapter:
 
     def _verify(self, place: int) -> None:
         """Everything known of the windows that were written to."""
-        first = max(0, self._window(place - 1).start) * BLOCKS_PER_CLUSTER
+        first = self._window(place - 1).start * BLOCKS_PER_CLUSTER
         last = self._window(place).stop * BLOCKS_PER_CLUSTER
-        known = self.load.journal.candidates
         self.load.finish()
+        known = self.load.journal.candidates
         self.load.verify([block for block in known if first <= block < last])
 
     def _direct(self, place: int, plan: Plan) -> int:
         """What happens beside the load; returns how many requests were parked."""
         target, operations, where = self._aimed_at(plan.failing)
-        path = f"{self.place.name}/{target}"
+        path = self.chain.glob(target)
         self.storage.fail(path, *operations, errno=plan.errno, range=where, **plan.when)
         # Only now may the load go where clusters are still to be copied.
         self._aim(self._window(place - 1), self._window(place))
-        with ControlClient(self.server.control, timeout=PATIENCE) as control:
-            self._wait(control, "on")
-            time.sleep(plan.pause)
-            parked = self._details(control).parked_requests
-            assert self._details(control).standby == "on", "only a replace leaves standby"
-            if plan.way == "same path" or plan.failing == "cow-read":
-                self.storage.clear()
-            self._replace(control, plan)
-            assert self._details(control).standby == "off"
+        operator = self.operator
+        operator.wait_for("on")
+        time.sleep(plan.pause)
+        before = operator.details()
+        assert before.standby == "on", "only a replace leaves standby"
+        if plan.way == "same path" or target != self.chain.top:
+            self.storage.clear()
+        copy = None if plan.way == "same path" else f"top-{plan.number}.hds"
+        operator.recover(self.chain, copy=copy)
+        assert operator.details().standby == "off"
         self.storage.clear()
-        return parked
+        return before.parked_requests
 
     def _aimed_at(self, failing: str) -> tuple[str, tuple[str, ...], Any]:
+        """File, operations and range of the rule."""
+        top = self.chain.top
         match failing:
             case "data-write":
-                return self.top, ("write",), "data"
+                return top, ("write",), "data"
             case "data-read":
-                return self.top, ("read",), "data"
+                return top, ("read",), "data"
             case "bat-write":
-                return self.top, ("write",), "bat"
+                return top, ("write",), "bat"
             case "cow-read":
                 return "base.hds", ("read",), "data"
             case "cow-write":  # of clusters that the top does not have yet
-                return self.top, ("write",), (self._end_of_clusters(), None)
-        return self.top, ("fsync",), None
-
-    def _end_of_clusters(self) -> int:
-        """Where the next cluster of the top will be, by the BAT in its file."""
-        raw = (self.place / self.top).read_bytes()[: 64 + 4 * (SIZE // CLUSTER)]
-        last = max(memoryview(raw)[64:].cast("I"), default=0)  # 0: only header and BAT
-        return (last + 1) * CLUSTER
-
-    def _replace(self, control: ControlClient, plan: Plan) -> None:
-        force = False
-        if plan.way == "other file":
-            old, self.top = self.top, f"top-{plan.number}.hds"
-            shutil.copyfile(self.place / old, self.place / self.top)
-            force = True  # a copy of an image in use carries the in-use word
-        mounted = self.storage.mountpoint / self.place.name / self.top
-        parameters = messages.ReplaceParameters(name=self.device, image=str(mounted), force=force)
-        steps = control.stream(
-            messages.REPLACE_DEVICE, messages.ReplaceStep, parameters, waiting="the replace"
-        )
-        assert [step.step for step in steps][-1] == "done"
-        if plan.way == "other file":
-            (self.place / old).unlink()
-
-    def _wait(self, control: ControlClient, wanted: str) -> None:
-        parameters = messages.StandbyWaitParameters(
-            name=self.device, standby=wanted, timeout=PATIENCE
-        )
-        state = control.call(
-            messages.STANDBY_WAIT, messages.StandbyState, parameters, waiting="standby"
-        )
-        assert state.standby == wanted
-
-    def _details(self, control: ControlClient) -> messages.DeviceDetails:
-        name = messages.DeviceName(name=self.device)
-        reply = control.call(messages.SHOW_DEVICE, messages.ShowReply, name, waiting="details")
-        return reply.device
+                return top, ("write",), (self.chain.end_of_clusters(), None)
+        return top, ("fsync",), None
 
     def _first_completion(self) -> float:
         """Milliseconds from the last step before the release to the first answer after it."""
@@ -336,15 +261,3 @@ class Chapter:
         first = self.load.first_after(swap.time)
         assert first is not None
         return 1000 * first
-
-
-def chapters(
-    storage: FaultFs, directory: Path, *, seed: int, episodes: int, journal: str = "auto"
-) -> Iterator[Summary]:
-    """`episodes` in as many chapters as they need."""
-    done = 0
-    while done < episodes:
-        count = min(EPISODES, episodes - done)
-        chapter = Chapter(storage, directory, seed=seed * 1000 + done, journal=journal)
-        yield chapter.play(plans(seed, range(done, done + count)))
-        done += count

@@ -1,0 +1,39 @@
+"""Standby episodes on the wire, as `tests/functional/test_wire_episodes.py` plays sixty of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.support import oracles
+from tests.support.faultfs import FaultFs
+from tests.support.wire import EPISODES, Chapter, plans
+from tests.torture.programme import Result
+
+name = "wire"
+goal = 1000
+what = (
+    "Standby in and out under a verified load of depth 32 over iSCSI: EBUSY, ENOTCONN and EIO from "
+    "data, BAT, copy-on-write and fsync; the top replaced by itself or by a copy"
+)
+
+
+def missing() -> str | None:
+    absent = oracles.have("qemu-img")
+    return f"{absent[0]} is not installed" if absent else oracles.missing_for_fuse()
+
+
+def run(seed: int, directory: Path) -> Result:
+    """One chapter: a new daemon, with and without its journal in turn."""
+    source = directory / "source"
+    source.mkdir()
+    journal = ("auto", "off", "on")[seed % 3]
+    # Batches go on where the last one stopped, so that all kinds of episodes come in turn.
+    numbers = range(seed * EPISODES, (seed + 1) * EPISODES)
+    with FaultFs(source, directory / "mount") as storage:
+        chapter = Chapter(storage, directory, seed=seed, journal=journal)
+        summary = chapter.play(plans(seed, numbers))
+    first = summary.first_completions()
+    return Result(
+        episodes=len(summary.seen),
+        worst={"first completion ms": first[-1], "its median ms": first[len(first) // 2]},
+    )
