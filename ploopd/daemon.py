@@ -29,7 +29,7 @@ from ploopd.control.interface import SERVICE_INTERFACE
 from ploopd.control.listener import ControlSocket, claim_control_socket
 from ploopd.control.server import ControlServer
 from ploopd.device_table import DeviceTable, device_name, unique_name
-from ploopd.devices import DeviceOptions, Environment
+from ploopd.devices import Device, DeviceOptions, Environment
 from ploopd.errors import ExitCode, PloopError, UnsupportedError
 from ploopd.fileio.engine import IoEngine, make_engine
 from ploopd.fileio.policy import CacheMode
@@ -188,6 +188,8 @@ class _Daemon:
             config.iscsi, {config.iscsi.iqn: self.target}, clock=trio.current_time
         )
         self.portals: list[tuple[str, int]] = []
+        self.added: list[Device] = []
+        self.fused = False
         self.view = None if config.sysfs is None else make_view(self.devices, config.sysfs)
         self.automation = Automation(control.path)
         self.control_scope = trio.CancelScope()
@@ -271,14 +273,15 @@ class _Daemon:
             await self.automation.run(task_status=task_status)
 
     async def _open_devices(self) -> None:
-        if any(device.standby for device in self.config.devices):
-            self.check.enable()
+        self.check.enable()  # the front ends begin: whatever they do, a device needs its EN as well
+        self.fused = True
         configs = self.config.devices
         for lun, (name, config) in enumerate(zip(device_names(configs), configs, strict=True)):
             device = await self.devices.add(config.image, device_options(config), name=name)
             self.automation.add(device, recovery_policy(config))
             self.target.add_unit(lun, device.unit)
             device.bind()
+            self.added.append(device)
             for note in device.volume.notes:
                 log.warning("event=image-note device=%s note=%r", device.name, note)
             log.info(
@@ -356,6 +359,7 @@ class _Daemon:
                 await self.iscsi.shutdown(0.0)
         if self.view is not None:
             await self.view.stop()
+        self._take_fuses_out()
         with trio.move_on_after(CLOSE_SECONDS) as closing:
             problems += await self.devices.close()
         if closing.cancelled_caught:
@@ -363,6 +367,15 @@ class _Daemon:
         for problem in problems:
             log.error("event=close-failed error=%r", str(problem))
         return problems
+
+    def _take_fuses_out(self) -> None:
+        """The front ends have ended: nobody promises any more to clear standby."""
+        for device in self.added:
+            device.unbind()
+        self.added.clear()
+        if self.fused:
+            self.check.disable()
+            self.fused = False
 
     def _unexecuted(self) -> list[PloopError]:
         """An error for each device that stops in standby with requests that wait for it."""
