@@ -35,7 +35,7 @@ from ploopd.storage.device import BlockDevice
 if TYPE_CHECKING:
     from ploopd.scsi.nexus import ItlNexus
 
-QUEUE_LIMIT = 8192
+QUEUE_LIMIT = 16384
 """Tasks in one task set; beyond it commands end with TASK SET FULL."""
 
 
