@@ -29,7 +29,7 @@ from ploopd.config import (
     parse_portal,
     read_chap_files,
 )
-from ploopd.errors import PloopError, open_error
+from ploopd.errors import HARMLESS_ERRNOS, PloopError, open_error
 from ploopd.frontends.iscsi.config import IscsiConfig, Portal
 from ploopd.units import parse_size
 
@@ -298,6 +298,9 @@ def _errno(key: str, name: str, origin: _Origin) -> int:
     if name not in _ERRNOS:
         hint = _nearest(name, list(_ERRNOS), "names like ESTALE and EBADFD")
         raise origin.error("is not the name of an errno", key, name, hint=hint)
+    if _ERRNOS[name] in HARMLESS_ERRNOS:
+        hint = "it says nothing about the storage's health, and initiators are told what it means"
+        raise origin.error("cannot put a device into standby", key, name, hint=hint)
     return _ERRNOS[name]
 
 
