@@ -77,6 +77,12 @@ class EngineBackend:
         engine.may_stall(self._fd, may_stall)
         engine.may_stall(self._direct_fd, may_stall)
 
+    def descriptor(self, offset: int, length: int) -> int:
+        """Which of the two a transfer uses."""
+        if (offset | length) & self._mask or offset < self.cached_end:
+            return self._fd
+        return self._direct_fd
+
     def read(self, buffer: Buffer, start: int, offset: int, callback: Callback) -> None:
         aligned = not (offset | start | buffer.length) & self._mask
         fd = self._direct_fd if aligned and offset >= self.cached_end else self._fd

@@ -25,11 +25,13 @@ from ploopd.fileio.backends import (
 from ploopd.fileio.buffers import BufferPool
 from ploopd.fileio.engine import IoEngine
 from ploopd.fileio.inline import InlineIo, LayeredInline, NoInline, NowaitInline, PlainInline
+from ploopd.fileio.lane import Begin, FileLane, LaneOperation, no_lane
 from ploopd.fileio.opening import Opened, close_quietly, open_file
 from ploopd.fileio.operation_queue import OperationQueue
 from ploopd.fileio.operations import Done, SpaceChange, Sync, Transfer
 from ploopd.fileio.oslayer import REAL, OsLayer
 from ploopd.fileio.policy import CacheMode, Policy, may_stall
+from ploopd.fileio.ring_engine import RingEngine
 from ploopd.fileio.waiting import wait_for
 
 __all__ = ["CacheMode", "Done", "File", "Policy"]
@@ -65,6 +67,7 @@ class File:
         buffers = BufferPool() if engine is None else engine.buffers
         self._queue = OperationQueue(self.path, self._backend, buffers)
         self._inline = _inline(opened)
+        self._lane = _lane(opened, engine, self._backend)
         self._closed = False
         self.try_read: Callable[[memoryview, int], bool] = self._inline.try_read
         """`try_read(buffer, offset)`: fill `buffer` now and return True, or return False: then use
@@ -72,6 +75,8 @@ class File:
         self.try_write: Callable[[memoryview, int], bool] = self._inline.try_write
         """`try_write(buffer, offset)`: write all of `buffer` now and return True, or return False:
         then use `write`, with all of it."""
+        self.begin: Begin = no_lane if self._lane is None else self._lane.begin
+        """`begin(operation, host)`: see `FileLane.begin`."""
 
     @classmethod
     def open(
@@ -224,6 +229,20 @@ class File:
         queue = self._queue
         queue.start(SpaceChange(queue, _PUNCH, offset, length, self._backend.zero, done))
 
+    # The lane.
+
+    def adopt(self, operation: LaneOperation, buffer: memoryview, done: Done) -> None:
+        """Make an ordinary read or write, as by `read` and `write`, of one that is in the lane."""
+        assert self._lane is not None
+        reading = not operation.writing
+        transfer = Transfer(self._queue, buffer, operation.host, done, reading=reading)
+        transfer.continue_with(operation.buffer)
+        self._lane.adopt(operation, self._queue, transfer)
+
+    def in_lane(self) -> list[LaneOperation]:
+        """The operations in the lane."""
+        return [] if self._lane is None else list(self._lane.operations())
+
     # Coroutines.  A cancelled one disowns its operation, which may or may not have happened.
 
     async def aread(self, buffer: memoryview, offset: int) -> None:
@@ -254,7 +273,7 @@ class File:
     @property
     def in_flight(self) -> int:
         """Operations that have not ended."""
-        return len(self._queue)
+        return len(self._queue) + (0 if self._lane is None else self._lane.running)
 
     def close(self) -> None:
         """Close it, and with it release its locks; may block.
@@ -263,7 +282,7 @@ class File:
         """
         if self._closed:
             return
-        if len(self._queue):
+        if self.in_flight:
             self.abandon()
             return
         descriptors = self._end()
@@ -286,6 +305,8 @@ class File:
         """
         if self._closed:
             return
+        if self._lane is not None:
+            self._lane.close()
         descriptors = self._end()
         layer = self._layer
 
@@ -299,6 +320,7 @@ class File:
         """No call reaches the descriptors from now on; returns them."""
         descriptors = [self.fd] if self._direct_fd is None else [self._direct_fd, self.fd]
         self._closed = True
+        self.begin = no_lane
         self._direct_fd = None
         self.fd = self._inline.fd = -1
         return descriptors
@@ -323,6 +345,12 @@ def _inline(opened: Opened) -> InlineIo:
         case Policy.RING | Policy.THREADS:
             return NoInline(opened.fd)
     return inline if opened.layer is REAL else LayeredInline(inline, opened.layer)
+
+
+def _lane(opened: Opened, engine: IoEngine | None, backend: Backend) -> FileLane | None:
+    if opened.policy is Policy.INLINE or not isinstance(engine, RingEngine):
+        return None
+    return FileLane(engine, backend) if isinstance(backend, EngineBackend) else None
 
 
 def _nothing() -> None:

@@ -72,6 +72,11 @@ class OperationQueue:
         self._bytes += operation.length
         operation.begin()
 
+    def adopt(self, operation: Operation) -> None:
+        """An operation that has been begun elsewhere is one of this queue's from now on."""
+        self._running.add(operation)
+        self._bytes += operation.length
+
     def finish(self, operation: Operation, error: StorageError | None) -> None:
         """An operation has ended: begin the next one and tell whoever waits."""
         self._running.remove(operation)

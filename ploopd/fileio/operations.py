@@ -70,6 +70,10 @@ class Transfer:
         self.done = done
         self.length = len(buffer)
 
+    def continue_with(self, bounce: Buffer) -> None:
+        """It has begun already: the kernel works on `bounce`, `complete` will be called."""
+        self._bounce = bounce
+
     def begin(self) -> None:
         if not self.length:
             self._queue.finish(self, None)
@@ -82,11 +86,12 @@ class Transfer:
     def _issue(self, bounce: Buffer) -> None:
         backend = self._queue.backend
         if self._reading:
-            backend.read(bounce, self._at, self._offset, self._complete)
+            backend.read(bounce, self._at, self._offset, self.complete)
         else:
-            backend.write(bounce, self._at, self._offset, self._complete)
+            backend.write(bounce, self._at, self._offset, self.complete)
 
-    def _complete(self, result: int) -> None:
+    def complete(self, result: int) -> None:
+        """What the engine answers."""
         bounce = self._bounce
         assert bounce is not None
         if self._at + result == self.length:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -18,6 +18,9 @@ from ploopd.fileio.polling import WINDOW, AdaptivePoll
 from ploopd.fileio.stall_watch import Operation, StallWatch, file_of
 from ploopd.fileio.thread_engine import ThreadEngine
 from ploopd.fileio.uring import ASYNC, CANCEL_ALL_OF_FD, FSYNC_DATASYNC, Entry, Opcode, Ring
+
+if TYPE_CHECKING:
+    from ploopd.fileio.lane import LaneOperation
 
 WORKERS = 512
 """Kernel workers for operations that block; they exist only while they are needed."""
@@ -57,9 +60,12 @@ class RingEngine:
             per_file=_THREADS_PER_FILE, buffers=self.buffers, completions=self._results
         )
         self._operations: dict[int, Operation] = {}
+        self._lane: dict[int, LaneOperation] = {}
         self._backlog: deque[Entry] = deque()
         self._stalling: set[int] = set()
-        self._watch = StallWatch(self._operations, self._submit_control, self._threads)
+        self._watch = StallWatch(
+            self._operations, self._submit_control, self._threads, self._promote_writes
+        )
         self._tag = 0
         self._patience = AdaptivePoll()
         self._pumping = False
@@ -68,7 +74,7 @@ class RingEngine:
     @property
     def outstanding(self) -> int:
         """Operations of the ring that have not come back."""
-        return len(self._operations) - self._watch.own_operations
+        return len(self._operations) + len(self._lane) - self._watch.own_operations
 
     def may_stall(self, fd: int, stalls: bool) -> None:
         """Whether reads and writes of `fd` are for the kernel's workers from the start.
@@ -106,6 +112,54 @@ class RingEngine:
         entry = (Opcode.WRITE, fd, address, length, offset + start, tag, 0, flags)
         self._operations[tag] = (entry, buffer, callback)
         self._push(entry)
+
+    def begin(self, operation: LaneOperation, fd: int) -> bool:
+        """Queue an operation of the lane; False if it must go the ordinary way."""
+        writing, ring = operation.writing, self._ring
+        if self._backlog or (writing and self._watch.diverts(fd)):
+            return False
+        if len(self._operations) + len(self._lane) >= ring.completions:
+            return False
+        tag = self._tag + 1
+        if not ring.push(
+            Opcode.WRITE if writing else Opcode.READ,
+            fd,
+            operation.buffer.address,
+            operation.length,
+            operation.host,
+            tag,
+            0,
+            ASYNC if fd in self._stalling else 0,
+        ):
+            return False
+        self._tag = operation.tag = tag
+        self._lane[tag] = operation
+        if writing:
+            self._watch.newest = tag
+        if ring.pending >= _EAGER:
+            self._submit()
+        return True
+
+    def adopt(self, operation: LaneOperation, fd: int, callback: Callback) -> None:
+        """What is in the lane, or has just failed in it, is an ordinary operation from now on."""
+        tag, buffer = operation.tag, operation.buffer
+        del self._lane[tag]
+        opcode = Opcode.WRITE if operation.writing else Opcode.READ
+        flags = ASYNC if fd in self._stalling else 0
+        entry = (opcode, fd, buffer.address, operation.length, operation.host, tag, 0, flags)
+        self._operations[tag] = (entry, buffer, callback)
+
+    def lane_operations(self) -> list[LaneOperation]:
+        """What is in the lane."""
+        return list(self._lane.values())
+
+    def _promote_writes(self, newest: int) -> bool:
+        """Make ordinary operations of the lane's writes up to the tag `newest`; False: it has no
+        others."""
+        for operation in self.lane_operations():
+            if operation.writing and operation.tag <= newest:
+                operation.promote()
+        return any(operation.writing for operation in self._lane.values())
 
     def fdatasync(self, fd: int, callback: Callback) -> None:
         """Bring what was written to `fd` to stable storage."""
@@ -221,7 +275,8 @@ class RingEngine:
 
         With many operations under way their completions come in groups, which are cheaper.
         """
-        if not 0 < len(self._operations) <= _FEW or self._closed or not self._patience.wanted():
+        under_way = len(self._operations) + len(self._lane)
+        if not 0 < under_way <= _FEW or self._closed or not self._patience.wanted():
             return False
         ready, now = self._ring.ready, time.perf_counter
         end = now() + WINDOW
@@ -238,8 +293,16 @@ class RingEngine:
         if not ring.ready() and not results.queue:
             return False
         results.drain()  # before looking: what completes from now on wakes the loop again
-        operations, queue = self._operations, results.queue
+        operations, lane, queue = self._operations, self._lane, results.queue
         for tag, result in ring.reap():
+            quick = lane.get(tag)
+            if quick is not None:
+                if result == quick.length:
+                    del lane[tag]
+                    quick.file.left(quick)
+                    quick.completed()
+                    continue
+                quick.promote()
             operation = operations.pop(tag)
             if result < 0 and self._watch.takes_over(operation, result):
                 continue
@@ -281,6 +344,7 @@ class RingEngine:
                 time.sleep(1)  # out of memory for the moment; nothing else may free the buffers
             for tag, _ in self._ring.reap():
                 self._operations.pop(tag, None)
+                self._lane.pop(tag, None)
         os.close(self._ring.fd)
 
 

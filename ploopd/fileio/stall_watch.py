@@ -17,6 +17,7 @@ import fcntl
 import os
 import struct
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from ploopd.fileio.buffers import Buffer, BufferPool
@@ -57,15 +58,21 @@ class StallWatch:
     """Looks after the writes among the ring's `operations`.
 
     They are known by their tag, which grows; the engine notes the `newest` write and calls `begin`
-    when `due`.
+    when `due`.  `promote_writes(tag)` makes ordinary operations of the lane's writes up to `tag`
+    and tells whether it has others.
     """
 
     def __init__(
-        self, operations: dict[int, Operation], submit: SubmitControl, threads: ThreadEngine
+        self,
+        operations: dict[int, Operation],
+        submit: SubmitControl,
+        threads: ThreadEngine,
+        promote_writes: Callable[[int], bool],
     ) -> None:
         self._operations = operations
         self._submit = submit
         self._threads = threads
+        self._promote_writes = promote_writes
         self._ticking = False
         self.newest = 0
         self._seen = 0
@@ -94,10 +101,11 @@ class StallWatch:
         self._ticking = False
         self.own_operations -= 1
         self._moving &= self._operations.keys()
-        waiting = [entry for entry, _, _ in self._operations.values() if entry[0] in _QUEUED]
-        if waiting:
-            self.begin()
         before, self._a_tick_ago = self._a_tick_ago, self.newest
+        others = self._promote_writes(before)
+        waiting = [entry for entry, _, _ in self._operations.values() if entry[0] in _QUEUED]
+        if waiting or others:
+            self.begin()
         stale = [
             entry
             for entry in waiting

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from ploopd.errors import HARMLESS_ERRNOS, StorageError, UsageError
 from ploopd.gate.events import Event, EventKind, Subscriber
+from ploopd.gate.lane import GateLane
 from ploopd.gate.limits import ParkLimits
 from ploopd.gate.parking import Op, Request
 from ploopd.gate.queue import RequestQueue
@@ -46,7 +47,6 @@ class Gate:
         "_cause",
         "_clock",
         "_device",
-        "_direct",
         "_errnos",
         "_faulted",
         "_latch",
@@ -54,12 +54,12 @@ class Gate:
         "_queue",
         "_read_now",
         "_room",
-        "_sequence",
         "_state",
         "_touched",
         "_users",
         "_write_now",
         "flags",
+        "lane",
         "name",
     )
 
@@ -83,7 +83,6 @@ class Gate:
         self._queue = RequestQueue(device, limits or ParkLimits(), self)
         self._busy = self._queue.busy
         self._state = GateState.ACTIVE
-        self._sequence = 0
         self._latch: StorageError | None = None
         self._room = Room(self.report, self._rewire)
         self._cause = ""
@@ -93,7 +92,7 @@ class Gate:
         self._users = 0
         self._read_now: TryNow = _not_now
         self._write_now: TryNow = _not_now
-        self._direct = False
+        self.lane = GateLane(self._queue, device, clock)
         self._rewire()
         fuses.watcher.subscribe(self._fuse_changed)
 
@@ -137,7 +136,7 @@ class Gate:
     @property
     def executing_count(self) -> int:
         """Slow operations that the device has and has not answered."""
-        return self._queue.executing_count
+        return self._queue.executing_count + len(self.lane)
 
     @property
     def latched(self) -> StorageError | None:
@@ -275,6 +274,7 @@ class Gate:
         if (device.size, device.cluster_size) != (self.size, self.cluster_size):
             raise ValueError(f"{self.name}: swap to a device of another geometry")
         self._device = self._queue.device = device
+        self.lane.put_on(device)
         self._touched = True
 
     def leave_standby(self) -> None:
@@ -351,7 +351,7 @@ class Gate:
         watched = room.failure is not None
         write_now = room.try_write(self._device) if watched else self._device.try_write
         self._write_now = write_now if writable else _not_now
-        self._direct = writable and not watched
+        self.lane.reads, self.lane.writes = through, writable and not watched
 
     def _admit(
         self,
@@ -364,12 +364,12 @@ class Gate:
         fua: bool = False,
         unmap: bool = False,
     ) -> Request:
-        self._sequence = sequence = self._sequence + 1
         queue = self._queue
+        queue.sequence = sequence = queue.sequence + 1
         request = Request(
             queue, sequence, op, offset, length, buffer, done, fua, unmap, self._clock()
         )
-        if self._direct and not (self._busy.count and request.changes):
+        if self.lane.writes and not (self._busy.count and request.changes):
             queue.start(request)
         else:
             self._admit_slowly(request)

@@ -48,7 +48,9 @@ class Supervisor(Protocol):
 class RequestQueue:
     """See the module's first lines.
 
-    `device` executes; `limits` bound what is parked; `busy` are the changes in execution.
+    `device` executes; `limits` bound what is parked; `busy` are the changes in execution;
+    `sequence` is the number of the latest request.  `settle` is called before it matters what is in
+    execution, so that the lane's owner can have it adopted.
     """
 
     __slots__ = (
@@ -64,12 +66,16 @@ class RequestQueue:
         "busy",
         "device",
         "limits",
+        "sequence",
+        "settle",
     )
 
     def __init__(self, device: BlockDevice, limits: ParkLimits, supervisor: Supervisor) -> None:
         self.device = device
         self.limits = limits
         self.busy = BusyRanges()
+        self.sequence = 0
+        self.settle: Callable[[], None] = _nothing_to_settle
         self._supervisor = supervisor
         self._executing: dict[int, Request] = {}
         self._parked = ParkedRequests()
@@ -131,6 +137,15 @@ class RequestQueue:
             attempt.pending = device.discard(offset, request.length, attempt.finished)
         else:
             attempt.pending = device.flush(attempt.finished)
+
+    def adopt(self, request: Request) -> Attempt:
+        """`request` is in execution already; the attempt that stands for that."""
+        request.state = RequestState.EXECUTING
+        request.attempt = attempt = Attempt(request)
+        self._executing[request.sequence] = request
+        if request.changes:
+            self.busy.add(request)
+        return attempt
 
     def finished(self, attempt: Attempt, error: StorageError | None) -> None:
         """The device's answer to an attempt (called by the attempt)."""
@@ -268,6 +283,7 @@ class RequestQueue:
 
     async def drain(self, deadline: float) -> bool:
         """Wait for requests in execution; False if some are left after `deadline` seconds."""
+        self.settle()
         self.device.kick()
         with trio.move_on_after(deadline):
             while self._executing:
@@ -280,6 +296,7 @@ class RequestQueue:
 
     def disown(self) -> None:
         """See `Gate.disown`."""
+        self.settle()
         hung = [self._executing[sequence] for sequence in sorted(self._executing)]
         self._supervisor.report(EventKind.DISOWNED, count=len(hung))
         for request in hung:  # all of them before the first answer: it may cancel another
@@ -309,6 +326,7 @@ class RequestQueue:
         self._pump(order)
 
     def _new_order(self) -> ReleaseOrder:
+        self.settle()
         order = ReleaseOrder()
         for sequence in sorted(self._executing):
             request = self._executing[sequence]
@@ -342,6 +360,10 @@ class RequestQueue:
             self._release = None
             self._supervisor.released(announce=self._announce)
         self.device.kick()
+
+
+def _nothing_to_settle() -> None:
+    """Nothing is executed without being in the queue."""
 
 
 def _aborted(request: Request) -> StorageError:

@@ -5,11 +5,21 @@ A coarse table finds the few requests that may overlap; only those are compared 
 
 from __future__ import annotations
 
-from ploopd.gate.parking import Request
+from typing import Protocol
 
 _SHIFT = 16
 _WIDE = 64
 """Requests over more granules of 64 KiB than this are kept in a list of their own."""
+
+
+class Change(Protocol):
+    """Whatever changes `length` bytes of the disk at `offset`."""
+
+    @property
+    def offset(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
 
 
 class BusyRanges:
@@ -18,11 +28,11 @@ class BusyRanges:
     __slots__ = ("_granules", "_wide", "count")
 
     def __init__(self) -> None:
-        self._granules: dict[int, list[Request]] = {}
-        self._wide: list[Request] = []
+        self._granules: dict[int, list[Change]] = {}
+        self._wide: list[Change] = []
         self.count = 0
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Change) -> None:
         """A change has begun."""
         self.count += 1
         granules = _granules(request.offset, request.length)
@@ -32,7 +42,7 @@ class BusyRanges:
         for granule in granules:
             self._granules.setdefault(granule, []).append(request)
 
-    def remove(self, request: Request) -> None:
+    def remove(self, request: Change) -> None:
         """It has ended."""
         self.count -= 1
         granules = _granules(request.offset, request.length)
@@ -65,6 +75,6 @@ def _granules(offset: int, length: int) -> range:
     return range(offset >> _SHIFT, (offset + length - 1 >> _SHIFT) + 1)
 
 
-def _touches(requests: list[Request], offset: int, length: int) -> bool:
+def _touches(requests: list[Change], offset: int, length: int) -> bool:
     end = offset + length
     return any(each.offset < end and offset < each.offset + each.length for each in requests)

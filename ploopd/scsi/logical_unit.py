@@ -27,10 +27,11 @@ from ploopd.scsi.sense import (
     illegal_request,
     invalid_cdb_field,
 )
-from ploopd.scsi.task import EMPTY, Direction, Status, Task, TaskState
+from ploopd.scsi.task import EMPTY, Attribute, Direction, Status, Task, TaskState
 from ploopd.scsi.task_set import TaskSet
 from ploopd.scsi.unit_attention import UnitAttention
 from ploopd.storage.device import BlockDevice
+from ploopd.storage.lane import LaneRequest, lane_of
 
 if TYPE_CHECKING:
     from ploopd.scsi.nexus import ItlNexus
@@ -121,6 +122,7 @@ class LogicalUnit:
         self.stats = Statistics()
         self.tasks = TaskSet(on_change=self.refresh, on_release=device.kick)
         self.itls: list[ItlNexus] = []
+        self.lane = lane_of(device)
         self._defer = defer
 
     # -- nexuses ---------------------------------------------------------------------------
@@ -198,6 +200,8 @@ class LogicalUnit:
             task.direction = Direction.NONE
         task.exclusive = command.exclusive or self._is_partial_block(task, command)
         task.state = TaskState.PREPARED
+        if task.exclusive or task.attribute == Attribute.ORDERED:
+            self.settle()  # it has to see those before it
         self.tasks.enter(task)
 
     def _check_range(self, task: Task, command: Command) -> None:
@@ -244,6 +248,32 @@ class LogicalUnit:
         task.state = TaskState.RUNNING
         self.tasks.start(task, self._run)
 
+    def settle(self) -> None:
+        """Every command that is being executed is a task afterwards: the lane is emptied."""
+        self.lane.empty()
+
+    def adopt(self, task: Task, request: LaneRequest) -> None:
+        """Put `task`, a plain READ or WRITE with all its data, in the place of `request`, which is
+        in the lane."""
+        self._fill(task, request.offset, request.length)
+        self.tasks.enter(task)
+        self.tasks.start(task, _is_running)
+        access = Access.WRITE if request.writing else Access.READ
+        view = task.data_out if request.writing else self.take_data_in(task, request.length)
+
+        def done(error: StorageError | None) -> None:
+            self.transferred(task, error, access)
+
+        task.pending = self.lane.adopt(request, view, done)
+
+    def _fill(self, task: Task, offset: int, length: int) -> None:
+        task.command = command = self.commands.find(task.cdb)
+        task.direction = command.direction
+        task.data_out_length = len(task.data_out)
+        task.range_start = offset
+        task.range_end = offset + length
+        task.state = TaskState.RUNNING
+
     def start(self, task: Task, offset: int, length: int) -> None:
         """Run a plain READ or WRITE of the range at once; see `ItlNexus.start`."""
         if len(self.tasks) >= QUEUE_LIMIT:
@@ -251,12 +281,7 @@ class LogicalUnit:
                 task.nexus.forget(task)
             task.finish(Status.TASK_SET_FULL)
             return
-        task.command = command = self.commands.find(task.cdb)
-        task.direction = command.direction
-        task.data_out_length = len(task.data_out)
-        task.range_start = offset
-        task.range_end = offset + length
-        task.state = TaskState.RUNNING
+        self._fill(task, offset, length)
         self.tasks.enter(task)
         self.tasks.start(task, self._run)
 
@@ -375,6 +400,10 @@ class LogicalUnit:
         for ended in waiters:
             ended()
         return True
+
+
+def _is_running(task: Task) -> None:
+    """A task that was begun before it was one."""
 
 
 def data_out_error(command: Command) -> CheckCondition:

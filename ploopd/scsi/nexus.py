@@ -18,6 +18,7 @@ from ploopd.scsi.task import Status, Task
 from ploopd.scsi.task_management import TaskFunction, TmfResult, abort_all, manage
 from ploopd.scsi.unit_attention import UnitAttention, UnitAttentions
 from ploopd.storage.device import BlockDevice
+from ploopd.storage.lane import LaneRequest
 
 if TYPE_CHECKING:
     from ploopd.scsi.target import Target
@@ -54,6 +55,7 @@ class ItlNexus:
         "_device_write",
         "_quick_read",
         "_quick_write",
+        "lane",
         "lun",
         "nexus",
         "stats",
@@ -71,6 +73,7 @@ class ItlNexus:
         device: BlockDevice = unit.device
         self._device_read = device.try_read
         self._device_write = device.try_write
+        self.lane = unit.lane
         self._blocks = unit.blocks
         self._quick_read = False
         self._quick_write = False
@@ -176,6 +179,27 @@ class ItlNexus:
         stats.read_bytes += len(view)
         return True
 
+    def begin(self, request: LaneRequest) -> bool:
+        """Execute `request`, of a range that `read_range` or `write_range` gave, in the lane.
+
+        False, and nothing has happened: the command needs a task."""
+        if not self.lane.begin(request):
+            return False
+        self.nexus.touched.add(self.unit)
+        stats = self.stats
+        if request.writing:
+            stats.writes += 1
+            stats.written_bytes += request.length
+        else:
+            stats.reads += 1
+            stats.read_bytes += request.length
+        return True
+
+    def adopt(self, task: Task, request: LaneRequest) -> None:
+        """`task` takes the place of `request`, which is in the lane."""
+        self.nexus.begin(task, self)
+        self.unit.adopt(task, request)
+
     def start(self, task: Task, offset: int, length: int) -> None:
         """Run `task`, a READ or WRITE of the range that `read_range` or `write_range` gave and that
         `try_read` or `try_write` declined; a WRITE has all its `data_out`.
@@ -214,7 +238,7 @@ class Nexus:
         self.tasks: dict[int, Task] = {}
         self._fields: dict[int, ItlNexus] = {}
         self._itls: dict[int, ItlNexus] = {}
-        self._touched: set[LogicalUnit] = set()
+        self.touched: set[LogicalUnit] = set()
         self._missing = MissingLun()
         self._closed = False
 
@@ -245,6 +269,7 @@ class Nexus:
         """The target has taken a logical unit away."""
         itl = self._itls.pop(lun, None)
         if itl is not None:
+            itl.unit.settle()
             itl.unit.detach(itl)
             self._fields = {field: i for field, i in self._fields.items() if i is not itl}
 
@@ -286,22 +311,27 @@ class Nexus:
         task.nexus = self
         task.itl = itl
         self.tasks[task.tag] = task
-        self._touched.add(itl.unit)
+        self.touched.add(itl.unit)
 
     def execute(self, task: Task) -> None:
         """Run a prepared task; `task.on_complete` is called when it ends.  A task that has been
         aborted in the meantime is left alone."""
         itl = task.itl
         if itl is not None:
-            self._touched.add(itl.unit)
+            self.touched.add(itl.unit)
             itl.unit.execute(task)
 
     def kick(self) -> None:
         """Hand everything that `execute` started to the kernel: once per batch."""
-        if self._touched:
-            touched, self._touched = self._touched, set()
+        if self.touched:
+            touched, self.touched = self.touched, set()
             for unit in touched:
                 unit.device.kick()
+
+    def settle(self) -> None:
+        """Every command of the target's units that is being executed is a task afterwards."""
+        for unit in self.target.units.values():
+            unit.settle()
 
     def forget(self, task: Task) -> None:
         """The task has ended."""
@@ -319,6 +349,7 @@ class Nexus:
     ) -> None:
         """Carry out a task management function; `lun` is the 8-byte field.  `done` is called when
         every task it affects has ended, possibly before this returns."""
+        self.settle()
         manage(self, function, lun, tag, done)
 
     def close(self, done: Callable[[], None] | None = None) -> None:
@@ -327,6 +358,7 @@ class Nexus:
         if self._closed:
             return
         self._closed = True
+        self.settle()
         for itl in self._itls.values():
             itl.unit.detach(itl)
         if self in self.target.nexuses:

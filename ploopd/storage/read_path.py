@@ -53,10 +53,11 @@ def _read_within(
     core.locks.enter_one(cluster)
     request.add_part()
     host = core.map.view[cluster] * core.map.cluster_size + within
-    core.sources[level].read(buffer, host, partial(_ended_within, core, request, cluster))
+    core.sources[level].read(buffer, host, partial(ended_within, core, request, cluster))
 
 
-def _ended_within(core: Core, request: Request, cluster: int, error: StorageError | None) -> None:
+def ended_within(core: Core, request: Request, cluster: int, error: StorageError | None) -> None:
+    """The only part of `request` that works on `cluster` has ended."""
     core.locks.leave_one(cluster)
     request.ended(error)
 

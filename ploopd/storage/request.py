@@ -58,6 +58,14 @@ class Request:
         self._cancelled = False
         count.active += 1
 
+    @classmethod
+    def adopted(cls, count: RequestCount, done: Done) -> Request:
+        """For one of the lane, which is counted and has begun: its only part ends by `ended`."""
+        request = cls(count, done)
+        count.active -= 1
+        request._begun = True
+        return request
+
     def begin(self) -> bool:
         """Called before a part does anything; False if the request was cancelled: drop the part."""
         if self._cancelled:

@@ -22,6 +22,7 @@ from ploopd.storage.device import Done, Extent, ExtentKind, Pending
 from ploopd.storage.mapping import TOP, UNMAPPED
 from ploopd.storage.request import FINISHED, Request
 from ploopd.storage.stack import LayerInfo, Stack
+from ploopd.storage.volume_lane import VolumeLane
 
 
 class Kicker(Protocol):
@@ -53,6 +54,7 @@ class Volume:
         "cluster_size",
         "format_version",
         "identity",
+        "lane",
         "layers",
         "notes",
         "path",
@@ -87,6 +89,7 @@ class Volume:
         self._hosts = core.map.view
         self._exclusive = core.locks.exclusive
         self._readers = tuple(source.try_read for source in core.sources)
+        self.lane = VolumeLane(core, read_only=self.read_only)
         self._top_write = _not_now if self.read_only else core.top.try_write
         self._zeros = core.zeros
         self._inline_allocation = core.bat is not None and core.top.policy is Policy.INLINE
@@ -326,6 +329,7 @@ class Volume:
         self._inline_allocation = False
         self._top_write = _not_now
         self._readers = (_not_now,) * len(self._readers)
+        self.lane.close()
 
     def _not_writable(self) -> int:
         if not self._open:

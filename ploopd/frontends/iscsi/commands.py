@@ -76,7 +76,7 @@ class Commands:
             return False  # it closes the command window, which the fast path looks at as it begins
         if not flow.budget.try_reserve(command, length):
             return False
-        task = self._make_task(command, command.cdb, 0 if data is None else length)
+        task = self.make_task(command, command.cdb, 0 if data is None else length)
         if data is not None:
             command.wanted = command.received = length
             command.buffer = flow.buffers.take(length)
@@ -90,7 +90,7 @@ class Commands:
     def _unacceptable(self, request: Request) -> RejectReason | None:
         if request.tag == RESERVED_TAG:
             return RejectReason.INVALID_PDU_FIELD
-        if request.tag in self._flow.commands:
+        if request.tag in self._flow.commands or request.tag in self._flow.lane:
             return RejectReason.TASK_IN_PROGRESS
         writes = request.flags & 0x20
         if not writes and (request.data or not request.flags & FINAL):
@@ -158,9 +158,10 @@ class Commands:
 
     def _prepare(self, command: Command, cdb: bytes, expected_out: int) -> bool:
         """Make the command's task and check it; False if it has ended by that."""
-        return self._nexus.prepare(self._make_task(command, cdb, expected_out))
+        return self._nexus.prepare(self.make_task(command, cdb, expected_out))
 
-    def _make_task(self, command: Command, cdb: bytes, expected_out: int) -> Task:
+    def make_task(self, command: Command, cdb: bytes, expected_out: int) -> Task:
+        """The task of a command, not yet prepared or begun."""
         command.task = task = Task(
             tag=command.tag,
             lun=command.lun,

@@ -149,7 +149,7 @@ class Connection:
     def expects_completions(self) -> bool:
         """Whether commands are at the device, so that output may come without input."""
         nexus = None if self._session is None else self._session.nexus
-        return nexus is not None and bool(nexus.tasks)
+        return nexus is not None and bool(nexus.tasks or self._flow.lane)
 
     def receive_buffer(self) -> memoryview:
         """Where received bytes go; empty while `paused` with a full buffer."""

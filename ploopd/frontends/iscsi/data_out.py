@@ -77,7 +77,7 @@ class DataOut:
 
     def digest_error(self, request: Request) -> None:
         """The data of a Data-Out was damaged on the way: its command fails."""
-        command = self._flow.commands.get(request.tag)
+        command = self._flow.find(request.tag)
         if command is not None and command.gathering:
             command.unsolicited = False
             self._owner.fail(command, TransportAsc.PROTOCOL_SERVICE_CRC_ERROR)
@@ -129,7 +129,7 @@ class DataOut:
     # -- Data-Out PDUs
 
     def _unsolicited(self, request: Request, number: int, offset: int) -> None:
-        command = self._flow.commands.get(request.tag)
+        command = self._flow.find(request.tag)
         if command is None:
             return  # belongs to a command that was dropped, rejected or aborted
         if not command.unsolicited:
@@ -193,7 +193,7 @@ class DataOut:
             if request.flags & FINAL:
                 del self._stale[request.word20]
             return
-        command = self._flow.commands.get(request.tag)
+        command = self._flow.find(request.tag)
         if command is None or not command.gathering:
             self._flow.reject(request, RejectReason.INVALID_PDU_FIELD)
             return

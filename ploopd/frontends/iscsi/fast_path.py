@@ -11,6 +11,7 @@ from __future__ import annotations
 from ploopd.frontends.iscsi.command import Command
 from ploopd.frontends.iscsi.commands import Commands
 from ploopd.frontends.iscsi.flow import Flow
+from ploopd.frontends.iscsi.lane import Lane
 from ploopd.frontends.iscsi.pdu import REQUEST, RESERVED_TAG, RESPONSE, SERIAL_MASK
 from ploopd.frontends.iscsi.receive import Receiver
 from ploopd.frontends.iscsi.transmit import Transmitter, data_in_space
@@ -25,6 +26,9 @@ _DATA_IN = 0x25
 _RESPONSE = 0x21
 _FINAL = 0x80
 
+_NO, _LATER, _NOW = -1, 0, 1
+"""What became of a PDU: not for the fast path; begun or answered; a READ answered with its data."""
+
 BURST = 16
 """READs answered before what is there is sent: the initiator works on it meanwhile."""
 
@@ -35,11 +39,14 @@ _pack = RESPONSE.pack_into
 class FastPath:
     """See the module's docstring.  Only for connections without digests."""
 
-    __slots__ = ("_commands", "_flow", "_immediate_limit", "_nexus", "_receiver")
+    __slots__ = ("_commands", "_flow", "_immediate_limit", "_lane", "_nexus", "_receiver")
 
-    def __init__(self, flow: Flow, nexus: Nexus, receiver: Receiver, commands: Commands) -> None:
+    def __init__(
+        self, flow: Flow, nexus: Nexus, receiver: Receiver, commands: Commands, lane: Lane
+    ) -> None:
         self._flow = flow
         self._commands = commands
+        self._lane = lane
         self._nexus = nexus
         self._receiver = receiver
         parameters = flow.parameters
@@ -53,7 +60,8 @@ class FastPath:
         return self._run(tx)
 
     def _run(self, tx: Transmitter) -> bool:
-        receiver, commands, find_itl = self._receiver, self._flow.commands, self._nexus.itl
+        receiver, flow, find_itl = self._receiver, self._flow, self._nexus.itl
+        commands, lane = flow.commands, flow.lane
         buffer, position, fill = receiver.buffer, receiver.position, receiver.fill
         known_lun = -1
         itl: ItlNexus | None = None
@@ -61,7 +69,7 @@ class FastPath:
         left = BURST
         while fill - position >= 48:
             opcode, flags, _, lengths, lun, tag, expected, cmd_sn, _ = _unpack(buffer, position)
-            if opcode != _COMMAND or cmd_sn != tx.exp_cmd_sn or tag in commands:
+            if opcode != _COMMAND or cmd_sn != tx.exp_cmd_sn or tag in commands or tag in lane:
                 break
             if lun != known_lun:
                 itl, known_lun = find_itl(lun), lun
@@ -71,40 +79,48 @@ class FastPath:
             if not left or tx.op + 48 + (expected if plain == _READ else 0) > tx.size:
                 full = tx.pending > 0
                 break
+            end = position + 48
+            cdb = buffer[position + 32 : end]
             if plain == _READ and lengths == 0:
-                end = position + 48
-                cdb = buffer[position + 32 : end]
-                if self._read(itl, cdb, tag, expected):
-                    left -= 1
-                elif not self._read_later(itl, cdb, lun, flags, tag, expected):
-                    break
-            elif plain == _WRITE and lengths == expected:
-                start = position + 48
-                end = start + expected
-                if end > fill:
-                    break
-                cdb, data = buffer[position + 32 : start], buffer[start:end]
-                if not self._write(itl, cdb, data, tag, expected) and not self._write_later(
-                    itl, cdb, data, lun, flags, tag
-                ):
-                    break
+                outcome = self._read(itl, cdb, lun, flags, tag, expected)
+            elif plain == _WRITE and lengths == expected and end + expected <= fill:
+                data = buffer[end : end + expected]
+                end += expected
+                outcome = self._write(itl, cdb, data, lun, flags, tag)
             else:
                 break
+            if outcome == _NO:
+                break
+            left -= outcome
             position = end
         receiver.position = position
         return full
 
-    def _read(self, itl: ItlNexus, cdb: memoryview, tag: int, expected: int) -> bool:
+    def _read(
+        self, itl: ItlNexus, cdb: memoryview, lun: int, flags: int, tag: int, expected: int
+    ) -> int:
         extent = itl.read_range(cdb)
         if extent is None or extent[1] != expected:
-            return False
+            return _NO
+        offset = extent[0]
+        first = itl.lane.first
+        if first and self._lane.start(itl, offset, expected, lun, flags, tag, None):
+            return _LATER
+        if self._read_now(itl, offset, tag, expected):
+            return _NOW
+        if not first and self._lane.start(itl, offset, expected, lun, flags, tag, None):
+            return _LATER
+        command = Command(tag, lun, flags, expected, bytes(cdb))
+        return _LATER if self._commands.start_plain(itl, offset, command) else _NO
+
+    def _read_now(self, itl: ItlNexus, offset: int, tag: int, expected: int) -> bool:
         flow = self._flow
         if expected > flow.parameters.data_in_limit:
-            return self._long_read(itl, extent[0], tag, expected)
+            return self._long_read(itl, offset, tag, expected)
         tx = flow.tx
         op = tx.op
         end = op + 48 + expected
-        if not itl.try_read(extent[0], tx.arena[op + 48 : end]):
+        if not itl.try_read(offset, tx.arena[op + 48 : end]):
             return False
         tx.exp_cmd_sn = exp_cmd_sn = (tx.exp_cmd_sn + 1) & SERIAL_MASK
         tx.max_cmd_sn = max_cmd_sn = (tx.max_cmd_sn + 1) & SERIAL_MASK
@@ -130,26 +146,6 @@ class FastPath:
         tx.stat_sn = (stat_sn + 1) & SERIAL_MASK
         tx.op = end
         return True
-
-    def _read_later(
-        self, itl: ItlNexus, cdb: memoryview, lun: int, flags: int, tag: int, expected: int
-    ) -> bool:
-        """Start a plain READ that has to wait, and go on: others may come meanwhile."""
-        extent = itl.read_range(cdb)
-        if extent is None or extent[1] != expected:
-            return False
-        command = Command(tag, lun, flags, expected, bytes(cdb))
-        return self._commands.start_plain(itl, extent[0], command)
-
-    def _write_later(
-        self, itl: ItlNexus, cdb: memoryview, data: memoryview, lun: int, flags: int, tag: int
-    ) -> bool:
-        """The same for a plain WRITE with all its data."""
-        extent = itl.write_range(cdb)
-        if extent is None or extent[1] != len(data) or len(data) > self._immediate_limit:
-            return False
-        command = Command(tag, lun, flags, len(data), bytes(cdb))
-        return self._commands.start_plain(itl, extent[0], command, data)
 
     def _long_read(self, itl: ItlNexus, offset: int, tag: int, expected: int) -> bool:
         """A READ that takes several Data-In PDUs, still straight into the arena."""
@@ -193,12 +189,24 @@ class FastPath:
         return True
 
     def _write(
-        self, itl: ItlNexus, cdb: memoryview, data: memoryview, tag: int, expected: int
-    ) -> bool:
-        extent = itl.write_range(cdb)
-        if extent is None or extent[1] != expected or expected > self._immediate_limit:
-            return False
-        if not itl.try_write(extent[0], data):
+        self, itl: ItlNexus, cdb: memoryview, data: memoryview, lun: int, flags: int, tag: int
+    ) -> int:
+        extent, length = itl.write_range(cdb), len(data)
+        if extent is None or extent[1] != length or length > self._immediate_limit:
+            return _NO
+        offset = extent[0]
+        first = itl.lane.first
+        if first and self._lane.start(itl, offset, length, lun, flags, tag, data):
+            return _LATER
+        if self._write_now(itl, offset, data, tag):
+            return _LATER
+        if not first and self._lane.start(itl, offset, length, lun, flags, tag, data):
+            return _LATER
+        command = Command(tag, lun, flags, length, bytes(cdb))
+        return _LATER if self._commands.start_plain(itl, offset, command, data) else _NO
+
+    def _write_now(self, itl: ItlNexus, offset: int, data: memoryview, tag: int) -> bool:
+        if not itl.try_write(offset, data):
             return False
         tx = self._flow.tx
         tx.exp_cmd_sn = exp_cmd_sn = (tx.exp_cmd_sn + 1) & SERIAL_MASK

@@ -12,6 +12,7 @@ from ploopd.frontends.iscsi.config import Limits
 from ploopd.frontends.iscsi.parameters import Parameters
 from ploopd.frontends.iscsi.pdu import FINAL, SERIAL_MASK, Opcode, RejectReason, Request
 from ploopd.frontends.iscsi.transmit import Transmitter
+from ploopd.storage.lane import LaneRequest
 
 
 class TransportAsc(IntEnum):
@@ -116,7 +117,8 @@ class Budget:
 class Flow:
     """State and small services for the parts of one connection.
 
-    `commands` maps initiator task tags to commands in execution.  `busy` is true inside a batch;
+    `commands` maps initiator task tags to commands in execution, `lane` those of plain READs and
+    WRITEs that are in the lane.  `busy` is true inside a batch;
     outside of one, whoever queues output calls `touch`, so that the server is told once.
     """
 
@@ -128,6 +130,7 @@ class Flow:
         "close_reason",
         "commands",
         "immediate",
+        "lane",
         "limits",
         "now",
         "parameters",
@@ -147,6 +150,7 @@ class Flow:
         self.parameters = Parameters()
         self.budget = Budget(limits.inflight_bytes)
         self.commands: dict[int, Command] = {}
+        self.lane: dict[int, LaneRequest] = {}
         self.immediate = 0
         self.busy = False
         self.close_reason: str | None = None
@@ -163,6 +167,13 @@ class Flow:
         if self.close_reason is None:
             self.close_reason = reason
             self.touch()
+
+    def find(self, tag: int) -> Command | None:
+        """The command with that task tag; one in the lane leaves it by being looked at."""
+        request = self.lane.get(tag)
+        if request is not None:
+            request.promote()
+        return self.commands.get(tag)
 
     def enter(self, command: Command) -> None:
         """The command occupies its task tag, and its place in the window."""

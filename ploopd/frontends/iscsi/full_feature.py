@@ -9,6 +9,7 @@ from ploopd.frontends.iscsi.commands import Commands
 from ploopd.frontends.iscsi.discovery import Directory, TextExchange
 from ploopd.frontends.iscsi.fast_path import FastPath
 from ploopd.frontends.iscsi.flow import Flow, TransportAsc
+from ploopd.frontends.iscsi.lane import Lane
 from ploopd.frontends.iscsi.pdu import (
     FINAL,
     RESERVED_TAG,
@@ -61,6 +62,7 @@ class FullFeature:
         self._nexus = session.nexus
         self._text = TextExchange(flow, environment.directory, session.target)
         self._fast: FastPath | None = None
+        self._lane: Lane | None = None
         self._commands: Commands | None = None
         self._management: TaskManagement | None = None
         self._logged_out = False
@@ -81,7 +83,8 @@ class FullFeature:
             self._table[Opcode.DATA_OUT] = self._data_out
             self._table[Opcode.TASK_MANAGEMENT] = self._management.receive
             if not (flow.parameters.header_digest or flow.parameters.data_digest):
-                self._fast = FastPath(flow, session.nexus, receiver, self._commands)
+                self._lane = Lane(flow, self._commands)
+                self._fast = FastPath(flow, session.nexus, receiver, self._commands, self._lane)
 
     # -- input
 
@@ -257,6 +260,8 @@ class FullFeature:
 
     def lost(self) -> None:
         """The connection is gone: forget the commands that have no task."""
+        if self._lane is not None:
+            self._lane.close()
         if self._commands is not None:
             for command in list(self._flow.commands.values()):
                 if command.task is None or command.held:

@@ -80,7 +80,7 @@ class TaskManagement:
 
     def _abort_task(self, request: Request) -> None:
         """RFC 7143 11.5.1: the task may be gone already, or its command may not have come yet."""
-        command = self._flow.commands.get(request.word20)
+        command = self._flow.find(request.word20)
         if command is None or command.lun != request.lun:
             self._respond(request, self._missing_task(request))
         elif command.task is None or command.held:

@@ -26,7 +26,7 @@ class Ring:
         self.ticks: list[Callback] = []
         self.cancelled: list[int] = []
         self.moved: list[tuple[Any, ...]] = []
-        self.watch = StallWatch(self.operations, self.submit, self)  # type: ignore[arg-type]
+        self.watch = StallWatch(self.operations, self.submit, self, lambda _: False)  # type: ignore[arg-type]
         self.tag = 0
 
     def submit(
