@@ -193,6 +193,41 @@ def _read_oddly(path: str) -> None:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
+def test_many_at_once(disk: Path, directory: Path) -> None:
+    """More requests than are given to pyfuse3 at a time, while the disk is busy."""
+    failures: list[Exception] = []
+    ended = threading.Event()
+
+    def look() -> None:
+        try:
+            while not ended.is_set():
+                for base, _, names in os.walk(directory / "devices"):
+                    for name in names:
+                        assert Path(base, name).read_text().endswith("\n")
+        except Exception as error:
+            failures.append(error)
+
+    def work(number: int) -> None:
+        data = bytes([number]) * 65536
+        try:
+            with disk.open("r+b", 0) as file:
+                while not ended.is_set():
+                    os.pwrite(file.fileno(), data, number * 65536)
+                    assert os.pread(file.fileno(), 65536, number * 65536) == data
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=look) for _ in range(24)]
+    threads += [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(2)
+    ended.set()
+    for thread in threads:
+        thread.join(60)
+    assert failures == []
+
+
 # -- standby -------------------------------------------------------------------------------
 
 
@@ -326,6 +361,39 @@ def test_a_hanging_reader_stops_nothing(running: ServeProcess, directory: Path) 
     for reader in readers[2:]:
         assert reader.wait(5) > 0
     assert not os.path.ismount(directory)
+
+
+def test_a_parked_write_holds_nobody_else(running: ServeProcess, directory: Path) -> None:
+    """Writers wait beside each other, and reading, stat and open do not wait for them."""
+    disk = directory / "disk/disk"
+    running.ctl("device", "standby", "disk", "enter")
+    writers = [
+        subprocess.Popen(
+            [
+                "dd",
+                "if=/dev/zero",
+                f"of={disk}",
+                "bs=4k",
+                f"seek={number}",
+                "count=1",
+                "conv=notrunc",
+                "status=none",
+            ]
+        )
+        for number in range(3)
+    ]
+    queued = directory / "block/disk/pstate/queued_bios"
+    deadline = time.monotonic() + 10
+    while queued.read_text() != "3\n":
+        assert time.monotonic() < deadline, "they wait for each other in the kernel"
+        time.sleep(0.02)
+    assert disk.stat().st_size == SIZE
+    with disk.open("rb", 0):
+        pass
+    writers[0].kill()
+    assert writers[0].wait(5) == -signal.SIGKILL
+    running.ctl("device", "standby", "disk", "leave")
+    assert [writer.wait(10) for writer in writers[1:]] == [0, 0]
 
 
 def test_the_view_follows_a_replace(running: ServeProcess, directory: Path, tmp_path: Path) -> None:
