@@ -1,6 +1,6 @@
 """The documents name real files and real functions.
 
-In docs/architecture.md and docs/request-path.md every code span that looks like a path must
+In the documents below every code span that looks like a path must
 exist (`ploopd/gate/`, `ploopd/gate/filter.py`), and every `path.py:Name` or
 `path.py:Class.method` must be defined in that file.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ["docs/architecture.md", "docs/request-path.md"]
+DOCUMENTS = ["docs/architecture.md", "docs/request-path.md", "docs/standby.md"]
 SPAN = re.compile(r"`([^`\n]+)`")
 TOP = ("ploopd/", "image_format/", "scst_shim/", "tests/", "docs/", "bench/", "systemd/", ".ci/")
 
