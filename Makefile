@@ -5,6 +5,7 @@
 #   make kernel        only the tests in the user-mode-linux guest
 #   make check         style, types, layers and the quick tests
 #   make torture       the long programmes of RELIABILITY.md, as far as they are not done [TORTURE_ARGS=…]
+#   make demo-standby  a minute to watch, a disk outlives its storage [DEMO_ARGS=…]
 #   make bench         ploopd, tgtd and qemu-storage-daemon side by side
 #   make setup         the virtual environment for all of them; make clean removes it
 
@@ -18,10 +19,11 @@ IMAGE ?=
 PORTAL ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+DEMO_ARGS ?=
 TORTURE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test kernel check torture bench clean
+.PHONY: help setup run test kernel check torture demo-standby bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -47,6 +49,9 @@ check: $(VENV)/.stamp-test
 torture: $(VENV)/.stamp-test
 	$(BIN)/python -m tests.torture $(TORTURE_ARGS)
 
+demo-standby: $(VENV)/.stamp-demo
+	@$(BIN)/python -m tests.demo.standby $(DEMO_ARGS)
+
 bench: $(VENV)/.stamp-bench
 	$(BIN)/python -m bench $(BENCH_ARGS)
 
@@ -65,6 +70,12 @@ $(VENV)/.stamp-test: pyproject.toml Makefile tools/packages
 	PYTHON='$(PYTHON)' tools/packages run test
 	$(call make_venv)
 	$(PIP) install --editable '.[test,dev,bench]'
+	@touch $@ $(VENV)/.stamp-run $(VENV)/.stamp-demo
+
+$(VENV)/.stamp-demo: pyproject.toml Makefile tools/packages
+	PYTHON='$(PYTHON)' tools/packages run demo
+	$(call make_venv)
+	$(PIP) install --editable '.[test,bench]'
 	@touch $@ $(VENV)/.stamp-run
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-test

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -38,6 +39,19 @@ class MeasuredLoad(Load):
     def first_after(self, moment: float) -> float | None:
         """Seconds from `moment` to the first answer after it."""
         return next((each - moment for each in self.answered if each >= moment), None)
+
+
+def run_during(load: Load, play: Callable[[], None], *, stall: float = 60.0) -> None:
+    """Keep the load running while `play` runs in a thread; raises what either of them raises."""
+    with ThreadPoolExecutor(1) as pool:
+        playing = pool.submit(play)
+
+        def tick() -> None:
+            if playing.done():
+                playing.result()
+
+        load.run(until=playing.done, tick=tick, stall=stall)
+        playing.result()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
