@@ -13,7 +13,7 @@ import socket
 import stat
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -112,11 +112,11 @@ class DeviceConfig:
                 value=self.recovery,
                 hint="name the program that the device's hook is, or another way of recovery",
             )
-        for field in ("recovery_delay", "recovery_delay_max", "recovery_timeout"):
-            value = getattr(self, field)
+        for key in ("recovery_delay", "recovery_delay_max", "recovery_timeout"):
+            value = getattr(self, key)
             if not 0.05 <= value <= LONGEST_DELAY:
                 raise UsageError(
-                    f"must be between 0.05 and {LONGEST_DELAY:g} seconds", field=field, value=value
+                    f"must be between 0.05 and {LONGEST_DELAY:g} seconds", field=key, value=value
                 )
         if self.recovery_delay > self.recovery_delay_max:
             raise UsageError(
@@ -135,17 +135,21 @@ class ServeConfig:
     """Everything that a daemon needs.
 
     `devices`: LUN 0 first.  `control`: path of the control socket, None is the default.  `sysfs`:
-    where the FUSE view is mounted, None is nowhere.
+    where the FUSE view is mounted, None is nowhere.  `lio`: serve backstores of the kernel's target
+    that are of the kind user:ploop; `backstores` says how images are served that they name by their
+    path (its own `image` and `name` mean nothing).
     """
 
     devices: tuple[DeviceConfig, ...]
     iscsi: IscsiConfig
     control: Path | None = None
     sysfs: Path | None = None
+    lio: bool = False
+    backstores: DeviceConfig = field(default_factory=lambda: DeviceConfig(image=""))
 
     def check(self) -> None:
         """Raises a `PloopError` for values that are wrong or make no sense together."""
-        if not self.devices:
+        if not self.devices and not self.lio:
             raise UsageError("no image is named")
         self.iscsi.check()
         names: set[str] = set()
@@ -253,13 +257,13 @@ def _read_chap_file(path: str | os.PathLike[str]) -> _ChapFile:
         raise ConfigError(f"is not a CHAP account: {error}", path=path, hint=hint) from None
     if (fields.mutual_user is None) != (fields.mutual_secret is None):
         raise ConfigError("mutual_user and mutual_secret go together", path=path)
-    for field in ("secret", "mutual_secret"):
-        value: str | None = getattr(fields, field)
+    for key in ("secret", "mutual_secret"):
+        value: str | None = getattr(fields, key)
         if value is not None and not 12 <= len(value.encode()) <= 255:
             raise ConfigError(
                 "a CHAP secret has 12 to 255 bytes (RFC 7143 12.1.3)",
                 path=path,
-                field=f"length of {field}",
+                field=f"length of {key}",
                 value=len(value.encode()),
             )
     return fields

@@ -39,6 +39,7 @@ from ploopd.gate.events import Event, EventKind
 from ploopd.gate.filter import STANDBY_ERRNOS
 from ploopd.gate.limits import ParkLimits
 from ploopd.gate.state import GateState
+from ploopd.kernel_front_end import KernelFrontEnd
 from ploopd.scsi.target import Target
 from ploopd.storage.journaling import JournalMode
 from ploopd.storage.opener import OpenOptions
@@ -191,6 +192,7 @@ class _Daemon:
         self.added: list[Device] = []
         self.fused = False
         self.view = None if config.sysfs is None else make_view(self.devices, config.sysfs)
+        self.kernel = self._kernel_front_end() if config.lio else None
         self.automation = Automation(control.path)
         self.control_scope = trio.CancelScope()
         self.automation_scope = trio.CancelScope()
@@ -254,10 +256,16 @@ class _Daemon:
                 await nursery.start(self.view.serve)
             await nursery.start(self._recover)
             self.portals = await nursery.start(self.iscsi.serve)
+            if self.kernel is not None:
+                await nursery.start(self.kernel.run)
             await nursery.start(self._serve_control)
             finished = True
             starting.cancel_scope.cancel()
         return finished
+
+    def _kernel_front_end(self) -> KernelFrontEnd:
+        options = device_options(self.config.backstores)
+        return KernelFrontEnd(self.devices, options)
 
     async def _serve_control(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -321,10 +329,12 @@ class _Daemon:
 
     def _urls(self, name: str) -> list[str]:
         """Where initiators find the device called `name`."""
-        luns = {device.name: lun for lun, device in enumerate(self.devices)}
+        unit = self.devices.get(name).unit
+        luns = [lun for lun, each in self.target.units.items() if each is unit]
         return [
-            f"iscsi://{format_address(host, port)}/{self.target.name}/{luns[name]}"
+            f"iscsi://{format_address(host, port)}/{self.target.name}/{lun}"
             for host, port in self.portals
+            for lun in luns
         ]
 
     def _status(self) -> str:
@@ -337,7 +347,7 @@ class _Daemon:
         return [
             Export(
                 device=device.name,
-                url=self._urls(device.name)[0],
+                url=next(iter(self._urls(device.name)), ""),
                 image=device.image,
                 size=device.size,
             )
@@ -357,6 +367,9 @@ class _Daemon:
         if self.asking.cancelled_caught:
             with trio.move_on_after(LOGOUT_GRACE):
                 await self.iscsi.shutdown(0.0)
+        if self.kernel is not None:
+            with self.asking, trio.move_on_after(2 * LOGOUT_GRACE):
+                await self.kernel.shutdown(LOGOUT_GRACE)
         if self.view is not None:
             await self.view.stop()
         self._take_fuses_out()

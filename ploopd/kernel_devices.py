@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace as changed
+from functools import partial
 
 import trio
 
 from ploopd.control.recovery import replace
 from ploopd.device_table import DeviceTable
 from ploopd.devices import Device, DeviceOptions
+from ploopd.disownable import disownable
 from ploopd.errors import NotFoundError, PloopError, UsageError
 from ploopd.frontends.tcmu.attachment import Served
 from ploopd.frontends.tcmu.names import Reference
 from ploopd.gate.state import GateState
 from ploopd.scsi.logical_unit import LogicalUnit
+
+CHECK_SECONDS = 15.0
+"""For an image to be looked at."""
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +108,23 @@ class KernelDevices:
                 await self._table.remove(device.device)
             except PloopError as error:
                 log.error("event=close-failed device=%s error=%r", device.name, str(error))  # noqa: TRY400
+
+    async def check(self, reference: Reference) -> None:
+        """Whether `acquire` would succeed; raises what it would raise.  Changes nothing: the image
+        is opened read-only and closed again."""
+        if self._find(reference) is not None:
+            return
+        assert reference.image is not None
+        options = self._options
+        opener = self._table.env.opener(changed(options.open, read_only=True))
+        volume = await disownable(
+            partial(opener, reference.image, {}, None),
+            deadline=CHECK_SECONDS,
+            what=f"opening {reference.image}",
+            undo=lambda volume: volume.abandon(),
+            limiter=self._table.env.open_limiter,
+        )
+        volume.abandon()
 
     async def change_medium(self, device: Served, reference: Reference) -> None:
         """Replace the device's top delta by the image of `reference`; raises what that raises."""

@@ -107,6 +107,13 @@ if TYPE_CHECKING:
     "directory.",
 )
 @click.option(
+    "--lio",
+    type=ON_OFF,
+    default="off",
+    show_default=True,
+    help="on: be the handler of the kernel target's backstores of the kind user:ploop, too.",
+)
+@click.option(
     "--sysfs",
     type=click.Path(readable=False, path_type=Path),
     metavar="DIR",
@@ -177,6 +184,7 @@ def serve(
     journal: str,
     journal_size: int,
     image_root: Path | None,
+    lio: str,
     sysfs: Path | None,
     chap_files: tuple[str, ...],
     acl: tuple[str, ...],
@@ -225,6 +233,8 @@ def serve(
         devices=tuple(replace(device, image=os.path.abspath(image)) for image in images),
         iscsi=iscsi,
         control=control,
+        lio=lio == "on",
+        backstores=device,
         sysfs=None if sysfs is None else Path(os.path.abspath(sysfs)),
     )
     config.check()

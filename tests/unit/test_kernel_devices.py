@@ -10,7 +10,7 @@ import trio
 
 from ploopd.device_table import DeviceTable
 from ploopd.devices import DeviceOptions, Environment
-from ploopd.errors import NotFoundError, PloopError, UsageError
+from ploopd.errors import ImageFormatError, NotFoundError, PloopError, UsageError
 from ploopd.fileio.engine import make_engine
 from ploopd.frontends.tcmu.names import Reference
 from ploopd.kernel_devices import KernelDevices
@@ -43,6 +43,16 @@ def image(tmp_path: Path) -> Path:
     path = tmp_path / "disk.hds"
     create_image(str(path), SIZE, 1 << 20, 2)
     return path
+
+
+def content(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
 
 
 async def test_a_served_device_is_found_and_stays(table: DeviceTable, image: Path) -> None:
@@ -88,6 +98,23 @@ async def test_unknown_names_and_files_are_told(table: DeviceTable, tmp_path: Pa
     with pytest.raises(PloopError):
         await devices.acquire(Reference(image="/dev/null"))
     assert len(table) == 0
+
+
+async def test_a_check_tells_what_would_happen_and_changes_nothing(
+    table: DeviceTable, image: Path
+) -> None:
+    devices = KernelDevices(table, DeviceOptions())
+    before = content(image)
+    await devices.check(Reference(image=str(image)))
+    assert content(image) == before
+    assert len(table) == 0
+    with pytest.raises(NotFoundError, match="there are: none"):
+        await devices.check(Reference(device="disk"))
+    with pytest.raises(NotFoundError):
+        await devices.check(Reference(image=f"{image}.none"))
+    overwrite(image, 28, b"\xff\xff\xff\0")
+    with pytest.raises(ImageFormatError):
+        await devices.check(Reference(image=str(image)))
 
 
 async def test_another_medium_is_a_replace(table: DeviceTable, image: Path, tmp_path: Path) -> None:
