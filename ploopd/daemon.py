@@ -368,7 +368,7 @@ class _Daemon:
             with trio.move_on_after(LOGOUT_GRACE):
                 await self.iscsi.shutdown(0.0)
         if self.kernel is not None:
-            with self.asking, trio.move_on_after(2 * LOGOUT_GRACE):
+            with trio.move_on_after(2 * LOGOUT_GRACE):
                 await self.kernel.shutdown(LOGOUT_GRACE)
         if self.view is not None:
             await self.view.stop()
