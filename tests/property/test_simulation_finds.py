@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from ploopd.errors import ParkTimeoutError, StorageError
 from ploopd.gate.filter import Gate
+from ploopd.gate.lane import GateLane
 from ploopd.gate.parking import Attempt, Op, ParkedRequests, Request, RequestState
 from ploopd.gate.queue import RequestQueue
 from ploopd.gate.ranges import BusyRanges
 from ploopd.gate.release import ReleaseOrder
+from ploopd.gate.room import Room
 from ploopd.gate.state import GateState
 from scst_shim import QueueFlags
 from tests.support.virtual.choices import seeded
@@ -253,6 +256,68 @@ def does_not_kick_the_device_after_a_release(patch: pytest.MonkeyPatch) -> None:
             pump(queue, order)
 
     patch.setattr(RequestQueue, "_pump", wrong)
+
+
+@mistake
+def forgets_the_changes_in_the_lane(patch: pytest.MonkeyPatch) -> None:
+    begin, ended, adopt = GateLane.begin, GateLane.ended, GateLane.adopt
+
+    class Nobody:
+        count = 0
+
+        def add(self, request: object) -> None: ...
+
+        def remove(self, request: object) -> None: ...
+
+    def careless(method: Callable[..., Any]) -> Callable[..., Any]:
+        def wrong(lane: GateLane, *arguments: object) -> object:
+            with pytest.MonkeyPatch.context() as inner:
+                inner.setattr(lane, "_busy", Nobody())
+                return method(lane, *arguments)
+
+        return wrong
+
+    patch.setattr(GateLane, "begin", careless(begin))
+    patch.setattr(GateLane, "ended", careless(ended))
+    patch.setattr(GateLane, "adopt", careless(adopt))
+
+
+@mistake
+def does_not_empty_the_lane(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(GateLane, "empty", lambda lane: None)
+
+
+@mistake
+def leaves_the_lane_open(patch: pytest.MonkeyPatch) -> None:
+    rewire = Gate._rewire
+
+    def wrong(gate: Gate) -> None:
+        rewire(gate)
+        gate.lane.reads = True
+
+    patch.setattr(Gate, "_rewire", wrong)
+
+
+@mistake
+def gives_an_adopted_request_a_new_place(patch: pytest.MonkeyPatch) -> None:
+    adopt, numbers = RequestQueue.adopt, itertools.count(1 << 20)
+
+    def wrong(queue: RequestQueue, request: Request) -> Attempt:
+        request.sequence = next(numbers)
+        return adopt(queue, request)
+
+    patch.setattr(RequestQueue, "adopt", wrong)
+
+
+@mistake
+def says_that_a_storage_is_full_each_time(patch: pytest.MonkeyPatch) -> None:
+    exhausted = Room.exhausted
+
+    def wrong(room: Room, request: Request, error: StorageError) -> None:
+        room.failure = None
+        exhausted(room, request, error)
+
+    patch.setattr(Room, "exhausted", wrong)
 
 
 @pytest.mark.parametrize("name", BREAKS)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from ploopd.errors import StorageError
 from ploopd.gate.parking import Request
+from ploopd.storage.lane import LaneRequest
 
 BLOCK = 32 << 10
 """Bytes of one block of the model.  A command covers the beginning of each of its blocks, and its
@@ -29,7 +30,8 @@ class Command:
 
     `issued`, `ended` (answered or cancelled) are ticks of the model.  `touched`: some device has
     carried it out at least in part.  `durable`: wholly, and it was flushed.  `lost`: the storage
-    may have forgotten it.  `asked`: somebody has tried to cancel it.
+    may have forgotten it.  `asked`: somebody has tried to cancel it.  `lane`: what it is in the
+    lane, while it is there.
     """
 
     number: int
@@ -44,6 +46,7 @@ class Command:
     buffer: memoryview | None = field(repr=False)
     changes: bool = False
     handle: Request | None = field(default=None, repr=False)
+    lane: LaneRequest | None = field(default=None, repr=False)
     ended: int = NEVER
     answered: bool = False
     error: StorageError | None = None

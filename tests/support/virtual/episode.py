@@ -1,28 +1,13 @@
-"""One episode: a random walk of initiators, storage, clock and operator around one gate.
-
-The model demands, after every step:
-
-* one answer per command, none after a successful cancel, no execution after either;
-* BUSY only for commands that are not in execution, and only after `park_max` or beyond the limits;
-* an error only where the two fuses, the latch or the errno say so;
-* overlapping changes are in execution one after the other in their order of arrival, and so are all
-  released commands whose order can be seen;
-* what is read, what is left at the end, and what would be left by a power cut, is explained by the
-  answers: `commands.allowed_values`;
-* counts, state and the standby text agree with what happened; in the end nothing is left over.
-"""
+"""One episode: a random walk of initiators, storage, clock and operator around one gate."""
 
 from __future__ import annotations
 
 import errno
 from functools import partial
 
-from ploopd.errors import BusyError, ParkTimeoutError, StorageError
-from ploopd.gate.events import Event, EventKind
-from ploopd.gate.filter import Gate
-from ploopd.gate.limits import ParkLimits
+from ploopd.errors import BusyError, StorageError
 from ploopd.gate.state import GateState
-from scst_shim import QueueFlags, StandbyCheck, StandbyState
+from scst_shim import StandbyState
 from tests.support.virtual.choices import Below
 from tests.support.virtual.commands import (
     BLOCK,
@@ -32,76 +17,33 @@ from tests.support.virtual.commands import (
     NEVER,
     WIDE,
     Command,
-    allowed_values,
 )
+from tests.support.virtual.model import Model
 from tests.support.virtual.storage import (
+    ALL,
     NOTHING,
     OTHER_ERRNOS,
     STANDBY_ERRNOS,
+    LaneRun,
     Run,
     StoredDisk,
     successor,
 )
 
 OPS = (*["write"] * 5, *["read"] * 3, "flush", "flush", "write_zeroes", "discard")
-PARK_MAX = (20.0, 20.0, None, 3.0)
-REQUESTS = (10_000, 10_000, 6)
-BYTES = (64 << 20, 64 << 20, 4 * BLOCK)
 WAITS = (0.1, 1.0, 4.0, 25.0)
 
 
-class Episode:
-    """See the module's first lines; `play` raises AssertionError where the model is contradicted.
-
-    `story` collects what happened if it is a list.
-    """
+class Episode(Model):
+    """The actors; `play` raises AssertionError where the model is contradicted."""
 
     def __init__(self, below: Below, story: list[str] | None = None) -> None:
-        self.below = below
-        self.story = story
-        self.now = 0.0
-        self.tick = 0
-        self.commands: list[Command] = []
-        self.open: list[Command] = []
-        self.executing = 0
-        self.waiting = 0
-        self.latched = False
-        self.full = False
-        self.faulted = False
-        self.delivering = 0
-        self.expiring = False
-        self.disowning = False
+        super().__init__(below, story)
+        self.old: list[StoredDisk] = []
+        self.at_once = below(3) == 2
         self.issuing = True
         self.stage = 0
         self.volume_open = True
-        self.release = 0
-        self.released = 0
-        self.replaced = 0
-        self.cancelled = 0
-        self.expired = 0
-        self.texts: list[StandbyState] = []
-        self.limits = ParkLimits(
-            max_requests=REQUESTS[below(3)],
-            max_bytes=BYTES[below(3)],
-            park_max=PARK_MAX[below(4)],
-        )
-        self.old: list[StoredDisk] = []
-        self.device = StoredDisk(self, [0] * BLOCKS, [0] * BLOCKS, below(8))
-        self.at_once = below(3) == 2
-        self.check = StandbyCheck()
-        self.check.enable()
-        self.flags = QueueFlags("disk", self.check, warn=lambda _: None)
-        self.gate = Gate(
-            self.device,
-            name="disk",
-            fuses=self.flags,
-            clock=self.clock,
-            on_event=self.event,
-            limits=self.limits,
-        )
-        self.bound = self.key = True
-        self.gate.bind()
-        self.flags.watcher.subscribe(self.texts.append)
         self.table = (
             *[self.complete] * 9,
             *[self.issue] * 12,
@@ -114,24 +56,7 @@ class Episode:
             self.late,
         )
 
-    def clock(self) -> float:
-        return self.now
-
-    def event(self, event: Event) -> None:
-        if event.kind is EventKind.SPACE_EXHAUSTED:
-            assert not self.full, "a full storage is said twice"
-            self.full = True
-        elif event.kind is EventKind.SPACE_RETURNED:
-            assert self.full, "room has returned to a storage that was not full"
-            self.full = False
-        if self.story is not None:
-            self.story.append(f"  {event}")
-
-    def say(self, text: str) -> None:
-        if self.story is not None:
-            self.story.append(f"{self.now:5.1f} {text}")
-
-    # -- the play --------------------------------------------------------------------------
+    # -- the play ----------------------------------------------------------------------------
 
     def play(self) -> None:
         """The whole episode: some steps, into standby at the latest now, some more, the end."""
@@ -153,7 +78,7 @@ class Episode:
         self.fuses(True, True)
         if self.gate.state is GateState.RECOVERING:
             self.conclude()
-        runs = [run for run in self.device.outstanding if run.kicked]
+        runs = self.device.ready()
         if runs and self.gate.state is GateState.ACTIVE:
             self.result(runs[0], STANDBY_ERRNOS[self.below(3)])
         if self.gate.state is GateState.ACTIVE:
@@ -169,8 +94,8 @@ class Episode:
             self.device.sick = 0
             if self.gate.state is not GateState.ACTIVE:
                 self.conclude()
-            elif run := next((run for run in self.device.outstanding if run.kicked), None):
-                self.result(run, 0)
+            elif runs := self.device.ready():
+                self.result(runs[0], 0)
             elif not self.open:
                 return
             else:
@@ -178,44 +103,7 @@ class Episode:
             self.look()
         raise AssertionError(f"left over: {self.open}")
 
-    def look(self) -> None:
-        """What must be true between any two steps."""
-        gate = self.gate
-        assert gate.executing_count == self.executing, "executing_count"
-        waiting = len(self.open) - self.executing
-        assert gate.parked_count == waiting, "parked_count"
-        assert (gate.latched is not None) == self.latched, "latched"
-        assert (gate.full is not None) == self.full, "full"
-        text, state = gate.standby_text, gate.state
-        if not (self.bound and self.key):
-            assert text == "not supported"
-            assert not waiting or state is not GateState.STANDBY, "nobody will release them"
-        elif state is GateState.STANDBY:
-            assert text == "on"
-        elif state is GateState.ACTIVE:
-            assert text == "off"
-        if state is GateState.ACTIVE and waiting:
-            assert self.executing, "parked requests wait for nothing"
-
-    def verdict(self) -> None:
-        """The model's last word."""
-        gate, commands, device = self.gate, self.commands, self.device
-        assert gate.parked_count == gate.parked_bytes == gate.executing_count == 0, "counts"
-        assert gate.next_deadline() is None, "next_deadline"
-        for command in commands:
-            assert command.answered != command.cancelled, f"{command} was left behind"
-        for block in range(BLOCKS):
-            value = device.content[block]
-            allowed = allowed_values(commands, block)
-            assert value in allowed, f"block {block} is {value}, not {allowed}"
-            value = device.stable[block]
-            allowed = allowed_values(commands, block, crash=True)
-            assert value in allowed, f"block {block} is {value} after a power cut, not {allowed}"
-        for before, after in zip(self.texts, self.texts[1:], strict=False):
-            assert before is not after, "the standby text changed to itself"
-        assert StandbyState.ON in self.texts, "never in standby"
-
-    # -- initiators ------------------------------------------------------------------------
+    # -- initiators --------------------------------------------------------------------------
 
     def issue(self) -> None:
         """A command arrives; reads and writes try the short way first, mostly."""
@@ -260,6 +148,12 @@ class Episode:
                     return
             except StorageError:
                 pass  # the long way reports it
+            if gate.lane.usable:
+                run = LaneRun(self, command)
+                if gate.lane.begin(run):
+                    command.lane = run
+                    gate.kick()
+                    return
         match command.op:
             case "read":
                 assert buffer is not None
@@ -276,6 +170,12 @@ class Episode:
         command.handle = handle
         gate.kick()
 
+    def after(self, command: Command) -> None:
+        if command.follow == 10:
+            self.issue()
+        elif command.follow == 11:
+            self.cancel()
+
     def cancel(self) -> None:
         """An abort, now and then of a command that has ended already."""
         below = self.below
@@ -283,6 +183,8 @@ class Episode:
         if not pool:
             return
         command = pool[below(len(pool))]
+        if command.lane is not None:
+            command.lane.promote()  # what aborts a task makes one first
         if command.handle is None:
             return
         if command.ended != NEVER:
@@ -305,97 +207,34 @@ class Episode:
             self.open.append(command)
             self.open.sort(key=lambda each: each.number)
 
-    def answer(self, command: Command, error: StorageError | None) -> None:
-        """A command has ended."""
-        self.tick += 1
-        self.say(f"answer {command.number}: {error or 'good'}")
-        assert not command.answered, f"{command} was answered twice"
-        assert command.ended == NEVER, f"{command} was answered after a cancel"
-        assert not command.running, f"{command} was answered while it was in execution"
-        command.answered = True
-        command.error = error
-        command.ended = self.tick
-        self.open.remove(command)
-        if error is None:
-            self.explain(command)
-        else:
-            self.justify(command, error)
-        if command.follow == 10:
-            self.issue()
-        elif command.follow == 11:
-            self.cancel()
+    # -- the lane ----------------------------------------------------------------------------
 
-    def explain(self, command: Command) -> None:
-        """Is success true?"""
-        issued = command.issued
-        if command.changes:
-            assert command.touched, f"{command} was never carried out"
-            assert command.durable or not command.fua, f"{command}: FUA is not durable"
-        elif command.op == "flush":
-            for each in self.commands:
-                if each.changes and each.succeeded and each.ended < issued and not each.lost:
-                    assert each.durable, f"{command} did not flush {each}"
-        else:
-            buffer = command.buffer
-            assert buffer is not None
-            for index in range(command.end - command.first):
-                value, block = buffer[index * BLOCK], command.first + index
-                allowed = allowed_values(self.commands, block, before=issued)
-                assert value in allowed, f"{command} has read {value} in {block}, not {allowed}"
+    def lane_ended(self, run: LaneRun) -> None:
+        """What a front end does with a command that has gone through the lane."""
+        run.command.lane = None
+        self.gate.lane.ended(run)
+        self.answer(run.command, None)
 
-    def justify(self, command: Command, error: StorageError) -> None:
-        """Is this error allowed?"""
-        number = error.errno
-        if isinstance(error, ParkTimeoutError):
-            park_max = self.limits.park_max
-            if self.expiring and park_max is not None and self.now >= command.issued_at + park_max:
-                self.expired += 1
-                return
-            parked = [each for each in self.open if not each.running]
-            held = sum(each.length for each in (*parked, command) if each.buffer is not None)
-            allowed = self.limits.allows(len(parked) + 1, held)
-            assert not allowed, f"{command}: BUSY too early or within the limits"
-        elif number == errno.ECANCELED:
-            assert command.asked, f"{command}: aborted by nobody"
-        elif number == errno.EROFS:
-            assert self.latched, f"{command}: read-only without a latch"
-            assert command.changes, f"{command}: read-only"
-        elif number == self.delivering:
-            assert not self.parks(number), f"{command}: {error}"
-        else:
-            assert number == errno.EIO, f"{command}: {error}"
-            assert self.gate.state is GateState.STANDBY, f"{command}: {error}"
-            assert not self.supported, f"{command}: {error}"
+    def promote(self, run: LaneRun) -> None:
+        """What a front end does with one that must not be in the lane any more."""
+        command = run.command
+        self.say(f"promote {command.number}")
+        command.lane = None
+        assert command.buffer is not None
+        answer = partial(self.answer, command)
+        command.handle = self.gate.lane.adopt(run, command.buffer, answer)
 
-    # -- storage ---------------------------------------------------------------------------
+    def lane_result(self, run: LaneRun) -> None:
+        """A run of the lane has succeeded."""
+        command = run.command
+        self.say(f"lane result {command.number}")
+        self.device.apply(command, ALL)
+        command.running = False
+        self.executing -= 1
+        run.completed()
+        assert command.answered, f"the result of {command} was swallowed"
 
-    def begins(self, device: StoredDisk, command: Command | None, op: str) -> Command:
-        """A device is given a command (None: a flush, the oldest that waits)."""
-        if command is None:
-            command = next(each for each in self.open if each.op == op and not each.running)
-        assert device is self.device, f"{command} goes to a device that was replaced"
-        assert command.ended == NEVER, f"{command} was begun after its end"
-        assert not command.running, f"{command} is in execution twice"
-        assert not (self.latched and command.changes), f"{command} changes a latched device"
-        assert self.gate.state is GateState.ACTIVE, f"{command} was begun in standby"
-        for other in self.open:
-            if other.number >= command.number:
-                break
-            if (command.changes and other.changes and command.overlaps(other)) or (
-                0 < command.release == other.release and command.conflicts(other)
-            ):
-                raise AssertionError(f"{command} has overtaken {other}")
-        return command
-
-    def running(self, run: Run) -> None:
-        run.command.running = True
-        self.executing += 1
-
-    def dropped(self, run: Run) -> None:
-        """The device has cancelled a run that it had not begun."""
-        if not run.void:
-            run.command.running = False
-            self.executing -= 1
+    # -- storage -----------------------------------------------------------------------------
 
     def meets(self, run: Run) -> int | None:
         """What comes back before the call returns, if anything: an errno, or 0."""
@@ -403,37 +242,14 @@ class Episode:
             return run.device.sick if self.at_once else None
         return 0 if self.at_once and self.below(3) == 0 else None
 
-    def inline(self, device: StoredDisk, command: Command, number: int) -> None:
-        """A device has done a command now, or failed to."""
-        if number:
-            self.judged(number)
-
-    def delivers(self, run: Run, number: int) -> None:
-        if not run.void:
-            run.command.running = False
-            self.executing -= 1
-            if number:
-                self.judged(number)
-
-    def judged(self, number: int) -> None:
-        """The gate is about to hear of an error."""
-        self.delivering = number
-        if self.parks(number):
-            self.faulted = True
-        elif number != errno.ENOSPC:
-            self.latched = True
-
-    def parks(self, number: int) -> bool:
-        """Whether an errno means standby now: after a failure every errno is that failure."""
-        after = self.faulted and number not in (0, errno.ENOSPC)
-        return self.supported and (after or number in STANDBY_ERRNOS)
-
-    @property
-    def supported(self) -> bool:
-        return self.bound and self.key
-
-    def result(self, run: Run, number: int, effect: int = NOTHING) -> None:
+    def result(self, run: Run | LaneRun, number: int, effect: int = NOTHING) -> None:
         """A run comes back, and the gate must do the right thing with it."""
+        if isinstance(run, LaneRun):
+            if number == 0:
+                self.lane_result(run)
+                return
+            run.promote()
+            run = next(one for one in self.device.outstanding if one.command is run.command)
         command, void, parks = run.command, run.void, self.parks(number)
         self.say(f"{'late ' if void else ''}result {command.number}: {number}")
         before = self.tick
@@ -451,8 +267,8 @@ class Episode:
             assert told, "nobody was told of a full storage"
         self.delivering = 0
 
-    def pick(self) -> Run | None:
-        runs = [run for run in self.device.outstanding if run.kicked]
+    def pick(self) -> Run | LaneRun | None:
+        runs = self.device.ready()
         return runs[self.below(len(runs))] if runs else None
 
     def complete(self) -> None:
@@ -485,7 +301,7 @@ class Episode:
                     self.result(run, number)
                 return
 
-    # -- the clock and the operator --------------------------------------------------------
+    # -- the clock and the operator ----------------------------------------------------------
 
     def wait(self) -> None:
         """Time passes."""
@@ -565,6 +381,7 @@ class Episode:
         """The drain's deadline has passed."""
         self.now += 5.0
         self.say("disown")
+        self.gate.lane.empty()
         for run in self.device.outstanding:
             run.void = True
             run.command.running = False
@@ -587,7 +404,7 @@ class Episode:
         """The rest of a replace; the new storage may lack what was never flushed."""
         below = self.below
         lost = [below(2) == 1 for _ in range(BLOCKS)] if below(4) == 3 else [False] * BLOCKS
-        self.device = successor(self.device, below(8), lost)
+        self.device = successor(self.device, below(16), lost)
         self.say(f"swap, lost {lost}")
         self.gate.swap(self.device)
         self.volume_open = True

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from ploopd.errors import StorageError
 from ploopd.storage.device import Done, Extent
+from ploopd.storage.lane import LaneRequest
 from tests.support.virtual.commands import BLOCK, BLOCKS, DISK_BLOCKS, Command, number_of
 
 ALL = 0
@@ -27,7 +28,11 @@ class Story(Protocol):
 
     def begins(self, device: StoredDisk, command: Command | None, op: str) -> Command: ...
 
-    def running(self, run: Run) -> None: ...
+    def running(self, run: Run | LaneRun) -> None: ...
+
+    def lane_ended(self, run: LaneRun) -> None: ...
+
+    def promote(self, run: LaneRun) -> None: ...
 
     def dropped(self, run: Run) -> None: ...
 
@@ -39,13 +44,21 @@ class Story(Protocol):
 
 
 class Run:
-    """One execution of a command.  `void`: the gate has disowned it."""
+    """One execution of a command.  `void`: disowned by the gate; `begun`: it was in the lane."""
 
-    __slots__ = ("command", "device", "done", "kicked", "number", "op", "void")
+    __slots__ = ("begun", "command", "device", "done", "kicked", "op", "void")
 
     def __init__(
-        self, device: StoredDisk, command: Command, op: str, done: Done, *, kicked: bool
+        self,
+        device: StoredDisk,
+        command: Command,
+        op: str,
+        done: Done,
+        *,
+        kicked: bool,
+        begun: bool = False,
     ) -> None:
+        self.begun = begun
         self.device = device
         self.command = command
         self.op = op
@@ -55,11 +68,73 @@ class Run:
 
     def cancel(self) -> bool:
         device = self.device
-        if not device.cancellable or self not in device.outstanding:
+        if self.begun or not device.cancellable or self not in device.outstanding:
             return False
         device.outstanding.remove(self)
         device.story.dropped(self)
         return True
+
+
+class LaneRun(LaneRequest):
+    """One execution of a command in the lane."""
+
+    __slots__ = ("command", "kicked", "op", "story")
+
+    def __init__(self, story: Story, command: Command) -> None:
+        self.story = story
+        self.command = command
+        self.op = command.op
+        self.offset = command.offset
+        self.length = command.length
+        self.writing = command.op == "write"
+        self.kicked = False
+
+    def completed(self) -> None:
+        self.story.lane_ended(self)
+
+    def promote(self) -> None:
+        self.story.promote(self)
+
+
+class StoredLane:
+    """The lane of a `StoredDisk`: it takes two requests at a time."""
+
+    usable = True
+    first = False
+
+    def __init__(self, device: StoredDisk) -> None:
+        self.device = device
+        self.runs: list[LaneRun] = []
+
+    def begin(self, request: LaneRequest) -> bool:
+        assert isinstance(request, LaneRun)
+        if len(self.runs) > 1:
+            return False
+        device = self.device
+        device.story.begins(device, request.command, request.op)
+        request.kicked = not device.needs_kick
+        self.runs.append(request)
+        device.story.running(request)
+        return True
+
+    def ended(self, request: LaneRequest) -> None:
+        assert isinstance(request, LaneRun)
+        self.runs.remove(request)
+
+    def adopt(self, request: LaneRequest, buffer: memoryview, done: Done) -> Run:
+        assert isinstance(request, LaneRun)
+        self.runs.remove(request)
+        command, device = request.command, self.device
+        run = Run(device, command, request.op, done, kicked=request.kicked, begun=True)
+        device.outstanding.append(run)
+        return run
+
+    def empty(self) -> None:
+        for run in tuple(self.runs):
+            run.promote()
+
+    def __len__(self) -> int:
+        return len(self.runs)
 
 
 class StoredDisk:
@@ -67,12 +142,14 @@ class StoredDisk:
 
     `sick`: the errno of every operation, 0 while it works.  `inline`: try_* calls do something.
     `cancellable`: what is outstanding has not begun.  `needs_kick`: nothing happens without `kick`.
+    `lane`: only some have one.
     """
 
     __slots__ = (
         "cancellable",
         "content",
         "inline",
+        "lane",
         "needs_kick",
         "outstanding",
         "read_only",
@@ -92,6 +169,8 @@ class StoredDisk:
         self.inline = bool(modes & 1)
         self.cancellable = bool(modes & 2)
         self.needs_kick = bool(modes & 4)
+        if modes & 8:
+            self.lane = StoredLane(self)
         self.read_only = False
 
     @property
@@ -151,8 +230,15 @@ class StoredDisk:
 
     def kick(self) -> None:
         if self.needs_kick:
-            for run in self.outstanding:
+            for run in self.ready(kicked=False):
                 run.kicked = True
+
+    def ready(self, *, kicked: bool = True) -> list[Run | LaneRun]:
+        """What may come back now."""
+        runs: list[Run | LaneRun] = [*self.outstanding]
+        if hasattr(self, "lane"):
+            runs += self.lane.runs
+        return [run for run in runs if run.kicked is kicked]
 
     def _start(
         self, op: str, offset: int, length: int, buffer: memoryview | None, done: Done
