@@ -365,6 +365,17 @@ def test_fsync_can_lie_and_a_failed_one_can_lose(storage: FaultFs) -> None:
     os.close(descriptor)
 
 
+def test_what_was_cached_of_a_file_that_is_gone_is_forgotten(storage: FaultFs) -> None:
+    descriptor = opened(storage, "file")
+    storage.cache("file")
+    os.pwrite(descriptor, b"cached", 0)
+    os.close(descriptor)
+    wait_for(lambda: storage.report()["open"] == [])
+    (storage.source / "file").unlink()
+    storage.lose()
+    assert storage.report()["unsynced"] == {}
+
+
 def test_a_cache_may_lose_a_part(storage: FaultFs) -> None:
     descriptor = opened(storage, "file", 100 * 4096)
     storage.cache("file")

@@ -42,16 +42,17 @@ def test_the_sixty_are_of_every_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "journal"),
+    ("number", "journal", "lossy"),
     [
-        pytest.param(errno.EBUSY, "auto", id="EBUSY"),
-        pytest.param(errno.ENOTCONN, "off", id="ENOTCONN-no-journal"),
-        pytest.param(errno.EIO, "auto", id="EIO"),
+        pytest.param(errno.EBUSY, "auto", False, id="EBUSY"),
+        pytest.param(errno.ENOTCONN, "off", False, id="ENOTCONN-no-journal"),
+        pytest.param(errno.EIO, "auto", True, id="EIO-and-a-lost-cache"),
     ],
 )
 def test_nothing_but_latency(
     number: int,
     journal: str,
+    lossy: bool,
     storage: FaultFs,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
@@ -61,7 +62,8 @@ def test_nothing_but_latency(
     mine = [plan for plan in sixty() if plan.errno == number]
     chapters = [mine[:10], mine[10:]]
     for place, some in enumerate(chapters):
-        chapter = Chapter(storage, tmp_path, seed=number * 10 + place, journal=journal)
+        seed = number * 10 + place
+        chapter = Chapter(storage, tmp_path, seed=seed, journal=journal, lossy=lossy)
         summary = chapter.play(some)
         with capsys.disabled():
             print(f"\n  {errno.errorcode[number]}: {summary}")

@@ -24,7 +24,7 @@ from tests.support.initiator import Initiator
 from tests.support.load import Journal, Mix
 from tests.support.measured import MeasuredLoad, logged_events
 from tests.support.serve import ServeProcess
-from tests.support.stage import BLOCKS_PER_CLUSTER, CLUSTER, PATIENCE, SIZE, Chain, Operator
+from tests.support.stage import BLOCKS_PER_CLUSTER, CLUSTER, PATIENCE, SIZE, Chain, Operator, until
 
 WINDOW = 48
 """Clusters that an episode is the first to write to: they are copied on write."""
@@ -124,9 +124,19 @@ class Chapter:
     """One daemon and its episodes; `play` raises AssertionError for whatever is not right."""
 
     def __init__(
-        self, storage: FaultFs, directory: Path, *, seed: int, journal: str = "auto"
+        self,
+        storage: FaultFs,
+        directory: Path,
+        *,
+        seed: int,
+        journal: str = "auto",
+        lossy: bool = False,
     ) -> None:
+        """`lossy`: the storage keeps writes in a cache until they are synced, and loses them when
+        it fails; only a journal can make up for that."""
         self.storage = storage
+        self.journal = journal
+        self.lossy = lossy
         self.directory = directory
         self.seed = seed
         self.chain = Chain(storage, f"chapter-{seed}", seed=seed)
@@ -217,20 +227,29 @@ class Chapter:
         """What happens beside the load; returns how many requests were parked."""
         target, operations, where = self._aimed_at(plan.failing)
         path = self.chain.glob(target)
+        if self.lossy:
+            self.storage.cache(self.chain.glob("*"))
         self.storage.fail(path, *operations, errno=plan.errno, range=where, **plan.when)
         # Only now may the load go where clusters are still to be copied.
         self._aim(self._window(place - 1), self._window(place))
         operator = self.operator
         operator.wait_for("on")
         time.sleep(plan.pause)
+        if plan.way == "other file" and self.journal == "off":
+            # A copy must not be made while writes may still be acknowledged by the old storage.
+            until(lambda: operator.details().parked_requests == self.load.depth, time.sleep)
         before = operator.details()
         assert before.standby == "on", "only a replace leaves standby"
+        if self.lossy:
+            self.storage.lose(self.chain.glob("*"))
         if plan.way == "same path" or target != self.chain.top:
             self.storage.clear()
         copy = None if plan.way == "same path" else f"top-{plan.number}.hds"
         operator.recover(self.chain, copy=copy)
         assert operator.details().standby == "off"
         self.storage.clear()
+        if self.lossy:
+            self.storage.cache(self.chain.glob("*"))
         return before.parked_requests
 
     def _aimed_at(self, failing: str) -> tuple[str, tuple[str, ...], Any]:

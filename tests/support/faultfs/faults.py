@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fnmatch
 import json
@@ -186,7 +187,8 @@ class Faults:
         for handle in node.handles:
             return os.open(f"/proc/self/fd/{handle.descriptor}", os.O_RDWR | os.O_CLOEXEC)
         for path in node.paths:
-            return os.open(self.nodes.full(path), os.O_RDWR | os.O_CLOEXEC)
+            with contextlib.suppress(FileNotFoundError):  # gone without us
+                return os.open(self.nodes.full(path), os.O_RDWR | os.O_CLOEXEC)
         return None
 
     def _chosen(self, argument: str | None) -> list[Active]:

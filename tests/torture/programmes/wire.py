@@ -13,7 +13,8 @@ name = "wire"
 goal = 1000
 what = (
     "Standby in and out under a verified load of depth 32 over iSCSI: EBUSY, ENOTCONN and EIO from "
-    "data, BAT, copy-on-write and fsync; the top replaced by itself or by a copy"
+    "data, BAT, copy-on-write and fsync, also from a storage that loses its cache; the top "
+    "replaced by itself or by a copy"
 )
 
 
@@ -23,14 +24,14 @@ def missing() -> str | None:
 
 
 def run(seed: int, directory: Path) -> Result:
-    """One chapter: a new daemon, with and without its journal in turn."""
+    """One chapter: a new daemon with a journal, without, or with one and a lossy storage."""
     source = directory / "source"
     source.mkdir()
-    journal = ("auto", "off", "on")[seed % 3]
+    journal, lossy = (("auto", False), ("off", False), ("on", True))[seed % 3]
     # Batches go on where the last one stopped, so that all kinds of episodes come in turn.
     numbers = range(seed * EPISODES, (seed + 1) * EPISODES)
     with FaultFs(source, directory / "mount") as storage:
-        chapter = Chapter(storage, directory, seed=seed, journal=journal)
+        chapter = Chapter(storage, directory, seed=seed, journal=journal, lossy=lossy)
         summary = chapter.play(plans(seed, numbers))
     first = summary.first_completions()
     return Result(
