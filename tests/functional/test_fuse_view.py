@@ -426,7 +426,8 @@ def test_the_content_of_every_kind_of_image(
     oracles.assert_same_content(disk, expected)
     sh(f"cp --sparse=always {disk} sparse.raw", cwd=tmp_path)
     oracles.assert_same_content(tmp_path / "sparse.raw", expected)
-    assert "Read-only file system" in sh(f"echo > {disk}", cwd=tmp_path, check=False)
+    refused = sh(f"echo > {disk}", cwd=tmp_path, check=False)
+    assert ("Read-only file system" if os.geteuid() == 0 else "Permission denied") in refused
 
 
 def test_writes_are_seen_by_initiators_and_theirs_by_readers(

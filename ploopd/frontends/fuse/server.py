@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyfuse3
 import trio
@@ -35,15 +35,13 @@ from scst_shim import StandbyState
 BATCH = 64
 """Messages taken from the kernel before others have their turn."""
 
-MOUNT_SECONDS = 20.0
+CHECK_SECONDS = 10.0
 UNMOUNT_SECONDS = 10.0
 NAME_TIMEOUT = 1.0
 """Seconds for which the kernel may remember a name; attributes it asks for every time."""
 
 _CHANGED = select.POLLPRI | select.POLLERR
 _WRITING = os.O_WRONLY | os.O_RDWR
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +74,17 @@ class FuseView:
 
     async def check(self) -> None:
         """Raise the `PloopError` that `serve` would raise, as far as it can be told before."""
-        await self._blocking(partial(mount.check, self.mountpoint), "looking at it")
+        with trio.move_on_after(CHECK_SECONDS):
+            await trio.to_thread.run_sync(mount.check, self.mountpoint, abandon_on_cancel=True)
+            return
+        raise PloopError(
+            f"does not answer within {CHECK_SECONDS:g} s",
+            path=self.mountpoint,
+            field="sysfs",
+            value=os.fspath(self.mountpoint),
+            hint="name a directory on a local file system",
+            exit_code=ExitCode.TIMEOUT,
+        )
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Mount, serve the devices that there are until `stop`, and unmount.
@@ -84,9 +92,7 @@ class FuseView:
         Ends early when the view is unmounted from outside.  Raises `PloopError` when it cannot be
         mounted.  Files that somebody still has open fail with ENOTCONN afterwards.
         """
-        mounting = partial(mount.mount, self.mountpoint, everybody=self._everybody)
-        kernel = await self._blocking(mounting, "mounting")
-        session = _Session(tuple(self._devices), self.mountpoint, kernel)
+        session = await self._mount()
         self._ended = ended = trio.Event()
         running = trio.CancelScope(shield=True)
         async with trio.open_nursery() as nursery:
@@ -111,6 +117,23 @@ class FuseView:
         if self._ended is not None:
             await self._ended.wait()
 
+    async def _mount(self) -> _Session:
+        # Not to be abandoned: a mount that nobody serves would hang whoever looks at it.
+        kernel = await trio.to_thread.run_sync(
+            partial(mount.mount, self.mountpoint, everybody=self._everybody)
+        )
+        try:
+            return _Session(tuple(self._devices), self.mountpoint, kernel)
+        except RuntimeError as error:
+            os.close(kernel)
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(mount.unmount, self.mountpoint)
+            raise PloopError(
+                f"libfuse does not serve it: {error}",
+                path=self.mountpoint,
+                hint="it must be libfuse 3.3 or later",
+            ) from error
+
     async def _unmount(self) -> None:
         try:
             alone = await trio.to_thread.run_sync(
@@ -121,19 +144,6 @@ class FuseView:
             return
         if not alone:
             log.warning("event=view-still-used path=%s", self.mountpoint)
-
-    async def _blocking(self, call: Callable[[], T], what: str) -> T:
-        """Run `call` in a thread that is let go when it takes too long: a mount that hangs does."""
-        with trio.move_on_after(MOUNT_SECONDS):
-            return await trio.to_thread.run_sync(call, abandon_on_cancel=True)
-        raise PloopError(
-            f"{what} took longer than {MOUNT_SECONDS:g} s",
-            path=self.mountpoint,
-            field="sysfs",
-            value=os.fspath(self.mountpoint),
-            hint="name a directory on a local file system",
-            exit_code=ExitCode.TIMEOUT,
-        )
 
 
 class _Session:
@@ -368,7 +378,6 @@ class _Operations(pyfuse3.Operations):
             if flags & _WRITING and not disk.writable:
                 raise pyfuse3.FUSEError(errno.EROFS)
             handle = self._disk_handles.open(disk)
-            # What another process has mapped may be older than what an initiator has written.
             return pyfuse3.FileInfo(fh=handle, direct_io=True, keep_cache=False)
         if not isinstance(node, Attribute):
             raise pyfuse3.FUSEError(errno.EISDIR)
