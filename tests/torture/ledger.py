@@ -6,6 +6,7 @@ and merge.  Batches of one line add up; the seeds that were played are kept as r
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -75,13 +76,14 @@ class Entry:
 
 
 class Ledger:
-    """The file and its entries; `save` replaces it whole."""
+    """The file and its entries.  Several runs may use it at once: each saves only its own."""
 
     def __init__(self, path: Path = LEDGER, recorded: Path = RECORDED) -> None:
         self.path = path
         self.recorded = recorded
         self.entries = {each.key: each for each in _load(recorded)}
         self.entries |= {each.key: each for each in _load(path)}
+        self._mine: dict[tuple[str, str, str], Entry] = {}
 
     def of(self, programme: str) -> list[Entry]:
         return [each for each in self.entries.values() if each.programme == programme]
@@ -107,11 +109,15 @@ class Ledger:
             machine=machine(),
             first=now(),
         )
-        self.entries[entry.key] = entry
+        self.entries[entry.key] = self._mine[entry.key] = entry
         return entry
 
     def save(self) -> None:
-        _write(self.path, [each for each in self.entries.values() if each.batches])
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.entries |= {each.key: each for each in _load(self.path)} | self._mine
+            _write(self.path, [each for each in self.entries.values() if each.batches])
 
     def record(self) -> None:
         """Keep the totals with the sources."""
