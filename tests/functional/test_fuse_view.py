@@ -363,6 +363,29 @@ def test_a_hanging_reader_stops_nothing(running: ServeProcess, directory: Path) 
     assert not os.path.ismount(directory)
 
 
+def test_a_storage_that_hangs_stops_nothing_either(
+    storage: FaultFs, view: Callable[..., ServeProcess], directory: Path
+) -> None:
+    server = view(on_storage(storage))
+    disk = directory / "disk/disk"
+    sh(f"dd if=/dev/urandom of={disk} bs=64k count=4 conv=notrunc", cwd=directory)
+    storage.hang("disk.hds", "read")
+    reader = subprocess.Popen(["dd", f"if={disk}", "of=/dev/null", "bs=4k", "count=1"])
+    busy = directory / "block/disk/pstate/active_reqs"
+    deadline = time.monotonic() + 10
+    while busy.read_text() != "1\n":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    began = time.monotonic()
+    assert (directory / "block/disk/queue/standby").read_text() == "off\n"
+    assert time.monotonic() - began < 0.5
+    began = time.monotonic()
+    server.stop()
+    assert time.monotonic() - began < 25
+    assert reader.wait(5) > 0
+    assert not os.path.ismount(directory)
+
+
 def test_a_parked_write_holds_nobody_else(running: ServeProcess, directory: Path) -> None:
     """Writers wait beside each other, and reading, stat and open do not wait for them."""
     disk = directory / "disk/disk"

@@ -40,7 +40,9 @@ UNMOUNT_SECONDS = 10.0
 NAME_TIMEOUT = 1.0
 """Seconds for which the kernel may remember a name; attributes it asks for every time."""
 
-_CHANGED = select.POLLPRI | select.POLLERR
+_READY = int(select.POLLIN | select.POLLOUT)
+_CHANGED = int(select.POLLPRI | select.POLLERR)
+"""The events of poll(2), as kernfs has them."""
 _WRITING = os.O_WRONLY | os.O_RDWR
 
 log = logging.getLogger(__name__)
@@ -299,12 +301,10 @@ class _Operations(pyfuse3.Operations):
     async def poll(self, inode: int, fh: int, poll_handle: Any, ctx: Any) -> int:
         opened = self._open.get(fh)
         if opened is None:
-            return int(select.POLLIN | select.POLLOUT)
+            return _READY
         opened.poll = poll_handle
-        events = select.POLLIN | (select.POLLOUT if opened.attribute.store else 0)
-        if opened.seen != self._changes.get(opened.path, 0):
-            events |= _CHANGED
-        return int(events)
+        changed = opened.seen != self._changes.get(opened.path, 0)
+        return _READY | _CHANGED if changed else _READY
 
     # -- names and attributes --------------------------------------------------------------
 
