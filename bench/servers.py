@@ -252,6 +252,7 @@ TMPFS_SERVERS: dict[str, Maker] = {
     "ploopd-standby-off": lambda d, i: Ploopd(
         "ploopd-standby-off", d, i.ploop_peer, ["--standby", "off"]
     ),
+    "ploopd-journal": lambda d, i: Ploopd("ploopd-journal", d, i.ploop_peer, ["--journal", "on"]),
 }
 DISK_SERVERS: dict[str, Maker] = {
     "ploopd": lambda d, i: Ploopd("ploopd", d, i.ploop, ["--cache", "none"]),

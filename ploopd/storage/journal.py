@@ -30,7 +30,7 @@ class Zeroed(Enum):
     UNMAP = "unmap"
 
 
-Content = bytes | Zeroed
+Content = bytearray | Zeroed
 
 
 @dataclass(slots=True, eq=False)
@@ -52,9 +52,12 @@ class Journal:
     `limit`: bytes that `used` should not exceed, which is up to the caller: `fits` tells, `reserve`
     keeps room for a change under way.  `used`: bytes of the records and the reservations, with
     RECORD_OVERHEAD for each record.  All offsets and lengths are bytes.
+
+    The memory of dropped records is kept for the next ones of the same length, as far as the limit
+    allows: fresh memory costs several times as much as the copy.
     """
 
-    __slots__ = ("_current", "_records", "_sealed", "limit", "used")
+    __slots__ = ("_current", "_records", "_sealed", "_spare", "_spare_bytes", "limit", "used")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -62,6 +65,8 @@ class Journal:
         self._sealed: list[_Generation] = []
         self._current = _Generation(0)
         self._records = self._current.records
+        self._spare: dict[int, list[bytearray]] = {}
+        self._spare_bytes = 0
 
     # -- what can be asked -----------------------------------------------------------------
 
@@ -96,28 +101,38 @@ class Journal:
         length = len(buffer)
         key = (offset, length)
         records = self._records
-        if key in records:
-            self._forget(key)
-        cost = length + RECORD_OVERHEAD
-        self._current.used += cost
-        self.used += cost
-        records[key] = bytes(buffer)
+        content = records.pop(key, None)
+        if not isinstance(content, bytearray):
+            cost = length + RECORD_OVERHEAD
+            if content is not None:
+                cost -= RECORD_OVERHEAD
+            self._current.used += cost
+            self.used += cost
+            content = self._memory(length)
+        memoryview(content)[:] = buffer
+        records[key] = content
+
+    def _memory(self, length: int) -> bytearray:
+        """Room for data that is accounted for already."""
+        spare = self._spare.get(length)
+        if spare:
+            self._spare_bytes -= length
+            return spare.pop()
+        if self.used + self._spare_bytes > self.limit:
+            self._spare.clear()
+            self._spare_bytes = 0
+        return bytearray(length)
 
     def zeroed(self, offset: int, length: int, *, unmap: bool) -> None:
         """A range reads as zeros from now on."""
-        key = (offset, length)
-        if key in self._records:
-            self._forget(key)
-        self._current.used += RECORD_OVERHEAD
-        self.used += RECORD_OVERHEAD
-        self._records[key] = Zeroed.UNMAP if unmap else Zeroed.ZEROES
-
-    def _forget(self, key: Range) -> None:
-        """The range has been changed as a whole since."""
-        content = self._records.pop(key)
-        cost = RECORD_OVERHEAD + (len(content) if isinstance(content, bytes) else 0)
-        self._current.used -= cost
-        self.used -= cost
+        content = self._records.pop((offset, length), None)
+        if content is None:
+            cost = RECORD_OVERHEAD
+        else:  # it has been changed as a whole since
+            cost = -length if isinstance(content, bytearray) else 0
+        self._current.used += cost
+        self.used += cost
+        self._records[(offset, length)] = Zeroed.UNMAP if unmap else Zeroed.ZEROES
 
     # -- syncs -----------------------------------------------------------------------------
 
@@ -131,15 +146,29 @@ class Journal:
 
     def drop(self, mark: int) -> None:
         """Forget what was recorded before `mark`."""
-        kept = [each for each in self._sealed if each.number >= mark]
-        for each in self._sealed:
-            if each.number < mark:
-                self.used -= each.used
-        self._sealed = kept
+        dropped = [each for each in self._sealed if each.number < mark]
+        if not dropped:
+            return
+        self._sealed = [each for each in self._sealed if each.number >= mark]
+        self._spare, self._spare_bytes = {}, 0
+        for each in dropped:
+            self.used -= each.used
+            self._keep_spare(each)
+
+    def _keep_spare(self, generation: _Generation) -> None:
+        spare = self._spare
+        for (_, length), content in generation.records.items():
+            if isinstance(content, bytearray):
+                spare.setdefault(length, []).append(content)
+                self._spare_bytes += length
 
     def clear(self) -> None:
-        """Forget everything, and all reservations."""
+        """Forget everything, and all reservations.
+
+        The memory is given up: a volume that was abandoned in a replay may still read it.
+        """
         self._sealed = []
+        self._spare, self._spare_bytes = {}, 0
         self._current = _Generation(self._current.number + 1)
         self._records = self._current.records
         self.used = 0

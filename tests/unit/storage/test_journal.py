@@ -24,9 +24,9 @@ def test_records_come_back_in_the_order_of_the_changes() -> None:
     journal.wrote(0, block(2))
     journal.zeroed(BLOCK, BLOCK, unmap=False)
     assert list(journal.records()) == [
-        ((BLOCK, BLOCK), bytes(block(1))),
+        ((BLOCK, BLOCK), bytearray(block(1))),
         ((0, 2 * BLOCK), Zeroed.UNMAP),
-        ((0, BLOCK), bytes(block(2))),
+        ((0, BLOCK), bytearray(block(2))),
         ((BLOCK, BLOCK), Zeroed.ZEROES),
     ]
 
@@ -36,7 +36,7 @@ def test_the_data_is_copied() -> None:
     buffer = bytearray(b"a" * 512)
     journal.wrote(0, memoryview(buffer))
     buffer[:] = b"b" * 512
-    assert list(journal.records()) == [((0, 512), b"a" * 512)]
+    assert list(journal.records()) == [((0, 512), bytearray(b"a" * 512))]
 
 
 def test_a_range_that_is_changed_again_moves_to_the_end_and_costs_nothing_more() -> None:
@@ -62,13 +62,36 @@ def test_a_sync_drops_what_was_recorded_before_it_began_and_nothing_else() -> No
     second = journal.mark()
     journal.wrote(BLOCK, block(3))
     journal.drop(first)
-    assert [content[0] for _, content in journal.records() if isinstance(content, bytes)] == [2, 3]
+    assert [content[0] for _, content in journal.records() if isinstance(content, bytearray)] == [
+        2,
+        3,
+    ]
     journal.drop(second)
     journal.drop(first)  # an older sync that ends later
     assert [key for key, _ in journal.records()] == [(BLOCK, BLOCK)]
     journal.drop(journal.mark())
     assert not journal
     assert journal.used == 0
+
+
+def test_memory_of_dropped_records_is_used_again_within_the_limit() -> None:
+    """Writes of one length, then of another: never more memory than the limit."""
+    limit = 64 * (BLOCK + RECORD_OVERHEAD)
+    journal = Journal(limit)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for round_ in range(40):
+        length = BLOCK if round_ % 4 else 2 * BLOCK
+        tracemalloc.reset_peak()
+        for index in range(limit // (length + RECORD_OVERHEAD)):
+            journal.wrote(index * length, memoryview(bytes([round_]) * length))
+            kept = dict(journal.records())
+            assert kept[(index * length, length)] == bytearray([round_]) * length
+            del kept
+        _, peak = tracemalloc.get_traced_memory()
+        assert peak - before <= limit + 8 * BLOCK
+        journal.drop(journal.mark())
+    tracemalloc.stop()
 
 
 def test_reservations_count_and_are_forgotten_by_clear() -> None:
@@ -90,11 +113,11 @@ def test_reservations_count_and_are_forgotten_by_clear() -> None:
 def test_the_overhead_that_is_counted_is_what_python_takes_at_most() -> None:
     """Small records are the worst case: the bound is one of memory, not of data."""
     journal = Journal(64 << 20)
-    views = [memoryview(bytes(512)) for _ in range(1)]
+    view = memoryview(bytes(512))
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
     for index in range(20_000):
-        journal.wrote(512 * index, views[0])
+        journal.wrote(512 * index, view)
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert after - before <= journal.used
@@ -134,9 +157,9 @@ def test_replaying_what_is_left_over_what_was_dropped_gives_the_disk(
             journal.drop(mark)
             marks = [each for each in marks if each[0] >= mark]
             stable[:] = content
-        costs = [len(c) if isinstance(c, bytes) else 0 for _, c in journal.records()]
+        costs = [len(c) if isinstance(c, bytearray) else 0 for _, c in journal.records()]
         assert journal.used == journal.held == sum(costs) + RECORD_OVERHEAD * len(costs)
     for (offset, length), change in journal.records():
-        after = change if isinstance(change, bytes) else bytes(length)
+        after = change if isinstance(change, bytearray) else bytes(length)
         stable[offset : offset + length] = after
     assert stable == disk

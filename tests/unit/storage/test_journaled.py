@@ -55,7 +55,7 @@ class Setup:
 def test_an_inline_write_is_recorded_before_it_is_answered() -> None:
     setup = Setup()
     assert setup.device.try_write(512, memoryview(b"a" * 512))
-    assert list(setup.journal.records()) == [((512, 512), b"a" * 512)]
+    assert list(setup.journal.records()) == [((512, 512), bytearray(b"a" * 512))]
 
 
 def test_a_slow_change_is_recorded_when_it_has_taken_effect_and_before_it_is_answered() -> None:
