@@ -150,7 +150,6 @@ def test_the_report_is_written_between_its_marks(
 
 
 def test_every_programme_of_the_directory_is_found() -> None:
-    pytest.importorskip("pyfuse3")
     names = {path.stem for path in Path(programmes.__path__[0]).glob("[a-z]*.py")}
     found = find()
     assert len(found) == len(names)
