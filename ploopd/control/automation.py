@@ -67,20 +67,25 @@ class Automation:
         self._rng = rng or random.Random()
         self._hook = hook
         self._recoverers: dict[str, Recoverer] = {}
+        self._nursery: trio.Nursery | None = None
 
     def add(self, device: Device, policy: RecoveryPolicy) -> None:
-        """Before `run`.  A device of mode "manual" is left alone."""
+        """Before `run` or while it runs.  A device of mode "manual" is left alone."""
         if policy.mode == "manual":
             return
         recoverer = Recoverer(device, policy, self._control, self._rng, self._hook)
         self._recoverers[device.name] = recoverer
+        if self._nursery is not None:
+            self._nursery.start_soon(recoverer.run)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Recover devices until cancelled: an attempt under way then ends in one piece."""
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             for recoverer in self._recoverers.values():
                 nursery.start_soon(recoverer.run)
             task_status.started()
+            await trio.sleep_forever()
 
     @asynccontextmanager
     async def operator(self, device: Device) -> AsyncIterator[None]:

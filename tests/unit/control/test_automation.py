@@ -252,6 +252,19 @@ async def test_candidates_are_tried_after_the_file_itself(
         assert r.files.asked[0][1:] == ("verify", "/c")
 
 
+async def test_a_candidate_that_we_have_closed_ourselves_may_be_closed(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with rig(candidates=("/b",)) as r:
+        r.device.volume_open = False
+        r.files.verdicts["/a"] = StorageError(errno.EIO, "open")
+        r.files.failures["/b"] = StorageError(errno.EIO, "read")
+        r.fail()
+        await trio.sleep(1.5)
+        assert [path for _, what, path in r.files.asked if what == "verify"] == ["/a", "/b"] * 2
+        assert r.files.closed_by_us == [True, False, True, True]
+
+
 async def test_a_wrong_candidate_is_reported_once_and_skipped(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
