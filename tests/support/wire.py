@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.faultfs import FaultFs
-from tests.support.initiator import Initiator
-from tests.support.load import Journal, Mix
+from tests.support.initiator import Answer, Initiator, Kind
+from tests.support.load import Journal, LoadError, Mix
 from tests.support.measured import MeasuredLoad, logged_events
 from tests.support.serve import ServeProcess
 from tests.support.stage import BLOCKS_PER_CLUSTER, CLUSTER, PATIENCE, SIZE, Chain, Operator, until
@@ -118,6 +118,11 @@ class WireLoad(MeasuredLoad):
             first = self.area.start + self.random.randrange(self.HOT)
             blocks = range(first, min(first + len(blocks), self.area.stop))
         return blocks
+
+    def _take(self, answer: Answer) -> None:
+        if answer.kind is Kind.COMMAND and answer.tag not in self._requests:
+            raise LoadError(f"tag {answer.tag} was answered twice: {answer}")
+        super()._take(answer)
 
 
 class Chapter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
 from pathlib import Path
@@ -32,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"faultfs: {options.script}: {error}", file=sys.stderr)
         return 2
     mount_options = {"fsname=faultfs"} | ({"allow_other"} if options.allow_other else set())
+    # An answer that comes after the unmount finds nobody: no error of this program.
+    logging.getLogger("pyfuse3").setLevel(logging.CRITICAL)
     pyfuse3.init(tree, str(mountpoint), mount_options)
     hidden = mountpoint / CONTROL.decode()
     control: Path = options.control or hidden
