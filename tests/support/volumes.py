@@ -16,11 +16,14 @@ import pytest
 import trio
 
 from ploopd.errors import StorageError
+from ploopd.fileio.buffers import BufferPool
 from ploopd.fileio.engine import IoEngine, make_engine
 from ploopd.fileio.oslayer import REAL, OsLayer
 from ploopd.storage.device import Done, Pending
 from ploopd.storage.opener import NO_SUBSTITUTES, OpenOptions, open_volume
+from ploopd.storage.request import FINISHED
 from ploopd.storage.volume import Volume
+from tests.support import lane_request
 
 DEADLINE = 30.0
 
@@ -35,23 +38,52 @@ def shm() -> Iterator[Path]:
 
 
 class Disk:
-    """A volume as a test uses it: every operation fast if that is possible, else slowly."""
+    """A volume as a test uses it: every operation fast if that is possible, else slowly.
+
+    What is not done inline goes into the lane if that takes it; every third of those is promoted
+    while it is under way, and every third goes the ordinary way from the start.  `in_lane` counts
+    them.
+    """
 
     def __init__(self, volume: Volume, *, inline: bool = True) -> None:
         self.volume = volume
         self.inline = inline
         self.size = volume.size
+        self.in_lane = 0
+        self._turn = 0
+        self._buffers = BufferPool()
 
     async def read(self, offset: int, length: int) -> bytes:
         buffer = memoryview(bytearray(b"\xee" * length))
         if not (self.inline and self.volume.try_read(offset, buffer)):
-            await self.wait(lambda done: self.volume.read(offset, buffer, done))
+            await self.wait(lambda done: self._read(offset, buffer, done))
         return bytes(buffer)
+
+    def _read(self, offset: int, buffer: memoryview, done: Done) -> Pending:
+        in_lane = self._lane(offset, buffer, done, write=False)
+        return in_lane or self.volume.read(offset, buffer, done)
+
+    def _write(self, offset: int, data: memoryview, done: Done, *, fua: bool) -> Pending:
+        in_lane = None if fua else self._lane(offset, data, done, write=True)
+        return in_lane or self.volume.write(offset, data, done, fua=fua)
+
+    def _lane(self, offset: int, data: memoryview, done: Done, *, write: bool) -> Pending | None:
+        self._turn += 1
+        lane = self.volume.lane
+        if not lane.usable or not self._turn % 3:
+            return None
+        request = lane_request.begin(lane, self._buffers, offset, data, done, write=write)
+        if request is None:
+            return None
+        self.in_lane += 1
+        if self._turn % 3 == 1:
+            request.promote()
+        return FINISHED
 
     async def write(self, offset: int, data: bytes, *, fua: bool = False) -> None:
         view = memoryview(data)
         if fua or not (self.inline and self.volume.try_write(offset, view)):
-            await self.wait(lambda done: self.volume.write(offset, view, done, fua=fua))
+            await self.wait(lambda done: self._write(offset, view, done, fua=fua))
 
     async def zero(
         self, offset: int, length: int, *, unmap: bool = False, fua: bool = False
