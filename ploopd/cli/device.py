@@ -101,6 +101,7 @@ def _echo_details(details: DeviceDetails) -> None:
         ("full", details.full or "no"),
         ("parked", f"{details.parked_requests} requests, {format_size(details.parked_bytes)}"),
         ("journal", "off" if details.journal is None else _journal(details.journal)),
+        ("recovery", details.recovery),
     ]
     fields += [("url", url) for url in details.urls]
     fields += [(f"layer {one.level}", f"{one.path} ({one.kind})") for one in details.layers]
@@ -127,7 +128,8 @@ def standby(
     """Show or change the standby state of DEVICE.
 
     `show` prints the state string: `not supported`, `on` or `off`. `enter` parks all requests until
-    `leave`, which goes on with the same storage, or `device replace`. `wait --state on|off` returns
+    `leave`, which goes on with the same storage, or `device replace`; nothing recovers the device
+    by itself meanwhile. `wait --state on|off` returns
     when the state is reached, or fails with exit code 7.
     """
     if (action == "wait") != (state is not None):

@@ -316,7 +316,19 @@ class Recoverer:
             except PloopError as error:
                 self._failed(path, error)
             else:
+                self._moved(path, served)
                 return
+
+    def _moved(self, path: str, served: str) -> None:
+        """Another file has taken over; what is configured still names the old one."""
+        if path != served and not self._device.has_descriptor:
+            log.warning(
+                "event=recovered-elsewhere device=%s image=%s instead_of=%s hint=%r",
+                self._device.name,
+                path,
+                served,
+                "name the new file in the configuration before the next start",
+            )
 
     async def _replace_with(self, path: str, *, served: bool) -> None:
         """Verify the file and replace with it; raises PloopError."""

@@ -74,7 +74,8 @@ class DeviceDetails(Message, frozen=True, kw_only=True):
     `state` is the gate's: `active`, `standby` or `recovering`.  `reason` says why it is not active.
     `format_version` is 0 for a raw image.  `notes` are what was found or repaired at open.
     `latched` is the failure that made it read-only, `full` the last failure of a storage without
-    room; None if there is no such thing.  `journal` is None when the journal is off.
+    room; None if there is no such thing.  `journal` is None when the journal is off.  `recovery`
+    says who ends a standby, and how far that is.
     """
 
     name: str
@@ -96,6 +97,7 @@ class DeviceDetails(Message, frozen=True, kw_only=True):
     latched: str | None = None
     full: str | None = None
     journal: JournalDetails | None = None
+    recovery: str = "manual"
 
 
 class ShowReply(Message, frozen=True, kw_only=True):

@@ -70,6 +70,7 @@ def details(context: ControlContext, device: Device) -> messages.DeviceDetails:
         latched=None if gate.latched is None else str(gate.latched),
         full=None if gate.full is None else str(gate.full),
         journal=journal_details(device),
+        recovery=context.automation.describe(device),
     )
 
 

@@ -47,6 +47,7 @@ DETAILS = messages.DeviceDetails(
     layers=[messages.Layer(path="/vz/root.hds", kind="ploop", level=0, version=2)],
     notes=["was not closed cleanly"],
     journal=messages.JournalDetails(requests=3, data=12288, used=13056, limit=64 << 20),
+    recovery="reopen, 4 attempts: /vz/root.hds: open failed",
 )
 
 
@@ -196,6 +197,7 @@ def test_show(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines["state"].strip() == "standby: write failed"
     assert lines["parked"].strip() == "3 requests, 12 KiB"
     assert "3 requests, 12 KiB; 12.75 KiB of 64 MiB used" in result.out
+    assert lines["recovery"].strip() == "reopen, 4 attempts: /vz/root.hds: open failed"
     shown = call(
         capsys, ploopctl, "--control", daemon.path, "device", "show", "root", "--output=json"
     )

@@ -116,6 +116,7 @@ class Rig:
             env=SimpleNamespace(events=self.bus),
             replacing=False,
             volume_open=True,
+            has_descriptor=False,
             volume=SimpleNamespace(layers=[SimpleNamespace(level=0, path="/a")]),
         )
         self.files = Files(self)
@@ -230,7 +231,7 @@ async def test_an_error_that_sticks_to_open_files_does_not_keep_them_open(
 
 
 async def test_candidates_are_tried_after_the_file_itself(
-    autojump_clock: trio.testing.MockClock,
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with rig(candidates=("/b", "/a", "/c")) as r:
         r.device.volume_open = False
@@ -245,6 +246,7 @@ async def test_candidates_are_tried_after_the_file_itself(
             ("replace", "/c"),
         ]
         assert r.gate.state is GateState.ACTIVE
+        assert "event=recovered-elsewhere device=disk image=/c instead_of=/a" in caplog.text
         # From now on /c is the file that the device has, and /a is a candidate.
         r.files.asked.clear()
         r.fail()
