@@ -41,7 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         return 0 if play(chosen[0], options.seed).good else 1
     runs = [Run(each, ledger, options.minutes, options.episodes) for each in chosen]
-    return 0 if all(run.go() for run in runs) else 1
+    try:
+        return 0 if all(run.go() for run in runs) else 1
+    except KeyboardInterrupt:
+        print("torture: interrupted; the batches that had ended are in the ledger")
+        return 130
 
 
 def _parser(programmes: dict[str, Programme]) -> argparse.ArgumentParser:

@@ -27,7 +27,7 @@ class Sums(ModuleType):
         super().__init__("sums")
         self.seeds: list[int] = []
         self.lacking: str | None = None
-        self.bad: dict[int, Result | Exception] = {}
+        self.bad: dict[int, Result | BaseException] = {}
 
     def missing(self) -> str | None:
         return self.lacking
@@ -36,7 +36,7 @@ class Sums(ModuleType):
         assert directory.is_dir()
         self.seeds.append(seed)
         outcome = self.bad.get(seed, Result(episodes=10, worst={"ms": float(seed)}))
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
@@ -99,6 +99,13 @@ def test_what_is_not_there_is_said_and_no_failure(
     sums.lacking = "there is no abacus"
     assert torture(tmp_path) == 0
     assert "sums: not played: there is no abacus" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_keeps_what_had_ended(sums: Sums, tmp_path: Path) -> None:
+    sums.bad[3] = KeyboardInterrupt()
+    assert torture(tmp_path) == 130
+    (entry,) = Ledger(tmp_path / "torture.json", tmp_path / "none").of("sums")
+    assert (entry.episodes, entry.seeds, entry.failed) == (20, [[1, 3]], False)
 
 
 def test_two_runs_at_once_keep_both_results(tmp_path: Path) -> None:
