@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import importlib.util
 import mmap
 import os
 import random
@@ -39,6 +40,8 @@ def fuse() -> None:
     missing = oracles.missing_for_fuse()
     if missing is not None:
         pytest.skip(missing)
+    if importlib.util.find_spec("pyfuse3") is None:
+        pytest.skip("pyfuse3 is not installed: pip install 'ploopd[fuse]'")
 
 
 @pytest.fixture
@@ -489,6 +492,41 @@ def test_part_of_a_block_is_written_atomically(disk: Path) -> None:
             thread.join()
         expected = b"".join(bytes([number]) * 64 for number in range(8)) * 50
         assert os.pread(file.fileno(), len(expected), 0) == expected
+
+
+def test_part_of_a_block_never_brings_back_what_an_initiator_has_overwritten(
+    tmp_path: Path, view: Callable[..., ServeProcess], directory: Path
+) -> None:
+    image = images.write_delta(tmp_path / "disk.hds", SIZE, {}, cluster_size=65536)
+    server = view(image, options=("--io", "io_uring"))
+    ended = threading.Event()
+
+    def scribble() -> None:
+        with (directory / "disk/disk").open("r+b", 0) as file:
+            while not ended.is_set():
+                for block in range(8):
+                    os.pwrite(file.fileno(), b"f", 512 * block)
+
+    writer = threading.Thread(target=scribble)
+    with Initiator(server.url) as initiator:
+        initiator.settle()
+        initiator.good(initiator.write(0, bytes(4096)))
+        writer.start()
+        try:
+            for version in range(1, 250):
+                data = bytes([version]) * 512
+                tags = {initiator.write(block, data) for block in range(8)}
+                while tags:
+                    answers = initiator.poll(30)
+                    assert answers, "an initiator waits for ever"
+                    assert {answer.status for answer in answers} == {0}
+                    tags -= {answer.tag for answer in answers}
+                seen = initiator.good(initiator.read(0, 8))
+                for block in range(8):
+                    assert seen[512 * block + 1 : 512 * (block + 1)] == data[1:]
+        finally:
+            ended.set()
+            writer.join()
 
 
 def test_like_a_block_device_it_keeps_its_size(disk: Path, tmp_path: Path) -> None:

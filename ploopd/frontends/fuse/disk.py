@@ -302,6 +302,8 @@ class Operation:
         task = self._task
         task.range_start, task.range_end, task.exclusive = start, end, exclusive
         task.state = TaskState.RUNNING
+        if exclusive:
+            self._unit.settle()  # what initiators have under way must be seen
         self._unit.tasks.enter(task)
         self._unit.tasks.start(task, lambda task: self._go_on(None))
 
