@@ -186,7 +186,9 @@ class ReloadPlan:
             stack.close()
 
     def adopted(self, device: Device) -> None:
-        """See `Plan.adopted`."""
+        """See `Plan.adopted`; substitutes of deltas that the chain has no more are forgotten."""
+        guids = {each.guid for each in device.volume.layers}
+        device.substitutes = {k: v for k, v in self.substitutes.items() if k in guids}
 
     def _look_closely(self, stack: Stack) -> None:
         writable = not self._device.volume.read_only

@@ -174,7 +174,10 @@ def _require_same(descriptor: str, name: str, image: str, image_root: Path | Non
         found = inode_number(file)
     finally:
         file.close()
-    wanted = os.stat(image)
+    try:
+        wanted = os.stat(image)
+    except OSError as error:
+        raise open_error(error, image) from error
     if found != (wanted.st_dev, wanted.st_ino):
         raise DescriptorError(
             "is another file than the descriptor would name", path=image, field="File", value=name

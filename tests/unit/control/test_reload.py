@@ -112,6 +112,11 @@ async def test_a_substitute_stays_as_long_as_the_chain_has_its_guid(tmp_path: Pa
         await reload(device)
         assert device.volume.layers[0].path == str(outside)
         assert await read(device, 0, 4) == b"kept"
+        rows = [(guid(1), "Compressed", "base.hds")]
+        (tmp_path / "disk/top.hds").rename(tmp_path / "disk/unused.hds")
+        write_descriptor(tmp_path / "disk", SIZE, rows, cluster_size=CLUSTER, top_guid=guid(1))
+        await reload(device)
+        assert device.substitutes == {}
 
 
 @pytest.mark.trio

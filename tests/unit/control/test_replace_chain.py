@@ -161,6 +161,30 @@ async def test_a_lower_delta_that_does_not_fit_is_refused(tmp_path: Path) -> Non
         assert await content(device) == CONTENT
 
 
+@pytest.mark.trio
+async def test_a_raw_base_is_replaced_by_a_raw_file_only(tmp_path: Path) -> None:
+    (tmp_path / "base.raw").write_bytes(b"r" * SIZE)
+    write_delta(tmp_path / "top.hds", SIZE, {}, cluster_size=CLUSTER)
+    rows = [(guid(1), "Plain", "base.raw"), (guid(2), "Compressed", "top.hds")]
+    write_descriptor(tmp_path, SIZE, rows, cluster_size=CLUSTER, top_guid=guid(2))
+    copy, header = copy_of(tmp_path / "base.raw"), image(tmp_path, "delta.raw")
+    os.truncate(header, SIZE)
+    (tmp_path / "short.raw").write_bytes(b"r" * (SIZE - 512))
+    async with serving() as served:
+        device = await served.add(tmp_path)
+        await write(device, 0, b"top")
+        with pytest.raises(UsageError, match="is a ploop image"):
+            await replace(device, str(header), level=1)
+        with pytest.raises(UsageError, match="disk_size"):
+            await replace(device, str(tmp_path / "short.raw"), level=1)
+        with pytest.raises(PloopError, match="copy-of-base"):
+            await replace(device, str(copy))
+        await replace(device, str(copy), level=1)
+        assert await read(device, 0, 6) == b"toprrr"
+        assert device.gate.state is GateState.ACTIVE
+    assert names(tmp_path / "DiskDescriptor.xml") == ["copy-of-base.raw", "top.hds"]
+
+
 # -- a delta of another chain --------------------------------------------------------------
 
 
