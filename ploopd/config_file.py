@@ -57,6 +57,7 @@ class _Section(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class _Daemon(_Section):
     control: str | UnsetType = UNSET
     sysfs: str | UnsetType = UNSET
+    lio: bool | UnsetType = UNSET
     log_level: LogLevel | UnsetType = UNSET
 
 
@@ -143,7 +144,8 @@ def load_config(path: str | os.PathLike[str] = DEFAULT_PATH) -> RunConfig:
     merged = _Merged()
     for file in files:
         _merge(merged, file)
-    if not merged.devices:
+    lio = "lio" in merged.daemon and merged.daemon["lio"][0]
+    if not merged.devices and not lio:
         raise ConfigError(
             "names no device", path=main, hint='add [[device]] with image = "/path/to/image"'
         )
@@ -153,6 +155,8 @@ def load_config(path: str | os.PathLike[str] = DEFAULT_PATH) -> RunConfig:
             iscsi=_iscsi(merged.iscsi, main),
             control=_path_of(merged.daemon, "control"),
             sysfs=_path_of(merged.daemon, "sysfs"),
+            lio=lio,
+            backstores=_backstores(merged),
         ),
         log_level=merged.daemon["log_level"][0] if "log_level" in merged.daemon else "info",
         files=files,
@@ -333,6 +337,20 @@ def _devices(merged: _Merged) -> tuple[DeviceConfig, ...]:
             names[device.name] = origin
         devices.append(device)
     return tuple(devices)
+
+
+def _backstores(merged: _Merged) -> DeviceConfig:
+    """What the defaults say of images that the kernel's target names."""
+    values = {key: value for key, (value, _) in merged.defaults.items()}
+    values.pop("recovery_command", None)  # they are recovered by hand
+    values.pop("recovery", None)
+    config = DeviceConfig(image="", **values)
+    try:
+        config.check()
+    except PloopError as error:
+        origin = next(iter(merged.defaults.values()))[1]
+        raise _device_error(error, merged.defaults, origin) from error
+    return config
 
 
 def _device_error(

@@ -101,6 +101,17 @@ def test_a_device_alone_is_enough(load: Load) -> None:
     assert loaded.serve.devices[0].standby
 
 
+def test_the_kernels_target_needs_no_device(load: Load) -> None:
+    loaded = load(
+        '[daemon]\nlio = true\n[defaults]\ncache = "none"\nrecovery = "command"\n'
+        'recovery_command = ["/x"]\n'
+    )
+    assert loaded.serve.lio
+    assert loaded.serve.devices == ()
+    assert loaded.serve.backstores.cache == "none"
+    assert loaded.serve.backstores.recovery == "manual"
+
+
 def test_drop_ins_are_read_in_the_order_of_their_names(load: Load, tmp_path: Path) -> None:
     loaded = load(
         '[defaults]\nio = "threads"\ncache = "none"\n[[device]]\nimage = "/first"\n',
