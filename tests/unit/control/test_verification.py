@@ -14,6 +14,7 @@ import trio
 
 from ploopd.control import automation
 from ploopd.control.automation import Automation, RecoveryPolicy
+from ploopd.control.recovery import replace
 from ploopd.control.verification import is_refusal, verify
 from ploopd.devices import Device, DeviceOptions
 from ploopd.errors import NotFoundError, PloopError, StorageError
@@ -159,14 +160,14 @@ QUICK = {"delay": 0.05, "delay_max": 0.1}
 @asynccontextmanager
 async def recovering(
     layer: FaultyOs, directory: Path, path: Path, *, candidates: tuple[Path, ...] = ()
-) -> AsyncIterator[tuple[Served, Device]]:
+) -> AsyncIterator[tuple[Served, Device, Automation]]:
     async with serving(layer) as served, trio.open_nursery() as nursery:
         device = await served.add(path)
         recoverers = Automation(directory / "c.sock")
         names = tuple(str(each) for each in candidates)
         recoverers.add(device, RecoveryPolicy(mode="reopen", candidates=names, **QUICK))
         await nursery.start(recoverers.run)
-        yield served, device
+        yield served, device, recoverers
         nursery.cancel_scope.cancel()
 
 
@@ -180,7 +181,7 @@ async def test_parked_writes_land_when_the_storage_answers_again(
     tmp_path: Path, faulty: FaultyOs
 ) -> None:
     path = image(tmp_path)
-    async with recovering(faulty, tmp_path, path) as (served, device):
+    async with recovering(faulty, tmp_path, path) as (served, device, _):
         faulty.add(Fault(op="*", error=errno.EIO, count=None))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(write, device, 4096, b"w" * 4096)
@@ -199,7 +200,7 @@ async def test_a_chain_is_opened_again_with_its_descriptor(
 ) -> None:
     descriptor = chain(tmp_path)
     before = descriptor.read_bytes()
-    async with recovering(faulty, tmp_path, descriptor) as (_, device):
+    async with recovering(faulty, tmp_path, descriptor) as (_, device, _):
         faulty.add(Fault(op="write", error=errno.ENOTCONN, count=4))
         await write(device, 4096, b"c" * 4096)
         await flush(device)
@@ -214,7 +215,7 @@ async def test_a_candidate_that_fails_half_way_is_tried_again(
     """Its first attempt opens and closes it, so that its in-use word says nothing any more."""
     path = image(tmp_path)
     copy = tmp_path / "copy-of-disk.hds"
-    async with recovering(faulty, tmp_path, path, candidates=(copy,)) as (served, device):
+    async with recovering(faulty, tmp_path, path, candidates=(copy,)) as (served, device, _):
         assert replica_of(path) == copy
         faulty.add(Fault(op="*", path="disk.hds", error=errno.EIO, count=None))
         faulty.add(Fault(op="sync", path=copy.name, nth=2, error=errno.EIO, count=1))
@@ -231,7 +232,7 @@ async def test_looks_that_hang_do_not_pile_up(
 ) -> None:
     path = image(tmp_path)
     copy = tmp_path / "copy-of-disk.hds"
-    async with recovering(faulty, tmp_path, path, candidates=(copy,)) as (_, device):
+    async with recovering(faulty, tmp_path, path, candidates=(copy,)) as (_, device, _):
         replica_of(path)
         faulty.add(Fault(op="*", path="disk.hds", error=errno.EIO, count=None))
         hang = faulty.add(Fault(op="open", path=copy.name, hang=True, count=None))
@@ -244,3 +245,26 @@ async def test_looks_that_hang_do_not_pile_up(
             faulty.clear()
             faulty.release()
         assert await read(device, 0, 4096) == b"x" * 4096
+
+
+async def test_an_operator_gets_through_an_attempt_that_hangs(
+    tmp_path: Path, faulty: FaultyOs
+) -> None:
+    path = image(tmp_path)
+    async with recovering(faulty, tmp_path, path) as (_, device, recoverers):
+        copy = copy_of(path)
+        faulty.add(Fault(op="write", path="disk.hds", error=errno.EIO, count=1))
+        # Only the replace opens for writing and marks the image; there it hangs.
+        hang = faulty.add(Fault(op="write", path="disk.hds", nth=2, hang=True, count=None))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write, device, 0, b"x" * 4096)
+            await until(lambda: hang.hits > 0 and device.replacing, "the attempt hangs")
+            began = trio.current_time()
+            async with recoverers.operator(device):
+                assert not device.replacing
+                await replace(device, str(copy), force=True)
+            assert trio.current_time() - began < 15
+        assert device.image == str(copy)
+        assert await read(device, 0, 4096) == b"x" * 4096
+        faulty.clear()
+        faulty.release()
