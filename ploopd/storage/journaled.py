@@ -16,10 +16,33 @@ from collections.abc import Callable
 from ploopd.errors import HARMLESS_ERRNOS, StorageError
 from ploopd.storage.device import BlockDevice, Done, Pending
 from ploopd.storage.journal import RECORD_OVERHEAD, Journal
+from ploopd.storage.lane import Lane, LaneRequest, lane_of
 from ploopd.storage.request import FINISHED
 
 OnFailure = Callable[[StorageError], object]
 """Told of a flush that failed and that nobody above has asked for."""
+
+
+class ReadingLane:
+    """The `Lane` of a device below, for reads alone: writes must be recorded, which needs room."""
+
+    __slots__ = ("_begin", "_lane", "adopt", "empty", "ended", "first", "usable")
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._begin = lane.begin
+        self.usable = lane.usable
+        self.first = lane.first
+        self.adopt = lane.adopt
+        self.ended = lane.ended
+        self.empty = lane.empty
+
+    def begin(self, request: LaneRequest) -> bool:
+        """See `Lane.begin`."""
+        return not request.writing and self._begin(request)
+
+    def __len__(self) -> int:
+        return len(self._lane)
 
 
 class JournaledDevice:
@@ -46,6 +69,7 @@ class JournaledDevice:
         "extents",
         "journal",
         "kick",
+        "lane",
         "read",
         "read_only",
         "size",
@@ -60,6 +84,7 @@ class JournaledDevice:
         self.read = volume.read
         self.extents = volume.extents
         self.kick = volume.kick
+        self.lane = ReadingLane(lane_of(volume))
         self._write_now = volume.try_write
         self._volume = volume
         self.journal = journal

@@ -10,7 +10,9 @@ from ploopd.errors import StorageError
 from ploopd.storage.device import Done, Pending
 from ploopd.storage.journal import RECORD_OVERHEAD, Journal
 from ploopd.storage.journaled import JournaledDevice
+from ploopd.storage.lane import HasLane, LaneRequest
 from ploopd.storage.replay import replay
+from tests.support.lane_device import LaneMemoryDevice
 from tests.support.memory_device import Completion, MemoryDevice, pattern
 
 KIB = 1024
@@ -298,6 +300,19 @@ def test_a_retired_device_changes_the_journal_no_more() -> None:
     setup.device.retire()
     setup.memory.complete()
     assert setup.ranges == [(0, 512)]
+
+
+@pytest.mark.parametrize("writing", [False, True])
+def test_the_lane_is_for_reads(writing: bool) -> None:
+    """A write in it would end without a record."""
+    memory = LaneMemoryDevice(SIZE, bytearray(SIZE))
+    device = JournaledDevice(memory, Journal(1 << 20), lambda _: None)
+    assert isinstance(device, HasLane)
+    request = LaneRequest()
+    request.offset, request.length, request.writing = 0, 512, writing
+    assert device.lane.usable
+    assert device.lane.begin(request) != writing
+    assert len(device.lane) == len(memory.lane) == (not writing)
 
 
 @pytest.mark.trio
