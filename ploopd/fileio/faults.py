@@ -208,6 +208,9 @@ class FaultyOs:
         self._strike("fstat", self._path(fd))
         return self._inner.fstat(fd)
 
+    def drop_cache(self, fd: int, /) -> None:
+        self._inner.drop_cache(fd)
+
     def close(self, fd: int, /) -> None:
         path = self._path(fd)
         with self._lock:

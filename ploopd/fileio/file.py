@@ -7,6 +7,7 @@ has to wait.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -120,6 +121,15 @@ class File:
             return self._layer.fstat(self.fd).st_size
         except OSError as error:
             raise StorageError.from_os(error, "fstat", self.path) from error
+
+    def drop_cache(self) -> None:
+        """Let the page cache forget what it has of the file, if the file system has one to drop.
+
+        After a failed write or sync it may have what the storage has not: FUSE keeps pages that its
+        server acknowledged and lost, ext4 marks those clean that could not be written.
+        """
+        with contextlib.suppress(OSError):
+            self._layer.drop_cache(self.fd)
 
     def pread(self, length: int, offset: int) -> bytes:
         """The `length` bytes at `offset`; `StorageError` (EIO, "short read") if there are fewer."""

@@ -37,6 +37,10 @@ class OsLayer(Protocol):
 
     def close(self, fd: int, /) -> None: ...
 
+    def drop_cache(self, fd: int, /) -> None:
+        """Forget what the page cache has of the file and has given to the storage."""
+        ...
+
     def would_block(self, op: str, fd: int, /) -> bool:
         """Would `op` ("read" or "write") on `fd` not return at once?  Asked before inline calls of
         a layer other than `REAL`, whose storage says so itself (EAGAIN)."""
@@ -55,6 +59,9 @@ class RealOs:
     fstat = staticmethod(os.fstat)
     close = staticmethod(os.close)
     open = staticmethod(open_regular)
+
+    def drop_cache(self, fd: int, /) -> None:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def would_block(self, op: str, fd: int, /) -> bool:
         return False

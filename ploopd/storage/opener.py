@@ -147,6 +147,7 @@ class _Opener:
         self._locking = locking
         self._engine = engine
         self._layer = layer
+        self._replacing = inherit is not None
         self._held = set() if inherit is None else inherit.inode_numbers()
 
     def open(self, files: DiskFiles) -> Stack:
@@ -170,6 +171,8 @@ class _Opener:
             inode = inode_number(file)
             if self._locking:
                 self._lock(file, inode, writer=writable, base=base and not self._options.read_only)
+            if self._replacing:
+                file.drop_cache()  # the map must say what the storage has
             size = file.size()
             kind = image.format
             if kind is ImageFormat.AUTO:

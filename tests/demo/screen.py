@@ -15,7 +15,7 @@ from tests.demo.summary import percentile
 from tests.support.measured import MeasuredLoad
 from tests.support.serve import ServeProcess
 
-_HEAD = "   time  standby  parked     IOPS    p50 ms    p99 ms"
+_HEAD = "   time  standby  parked     IOPS    p50 ms    p99 ms    max ms"
 _INDENT = " " * 9
 
 
@@ -42,7 +42,7 @@ class Screen:
         """The line of a second."""
         cells = f"{standby:>7}  {parked:6,}  {rate:7,.0f}"
         if latencies:
-            for share in (0.5, 0.99):
+            for share in (0.5, 0.99, 1.0):
                 cells += f"  {1000 * percentile(latencies, share):8,.1f}"
         self.say(cells)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -138,17 +139,14 @@ class Demo:
         recovered = next(logged_events(log, "recovered"), None)
         episode = None
         if entered is not None and recovered is not None:
-            steps = logged_events(log, "replace-step")
-            replayed = next(
-                (each.details["detail"] for each in steps if each.details["step"] == "replay"), ""
-            )
+            replayed = re.search(r"step=replay .*?detail='(\d+) bytes", log)
             episode = Episode(
                 cause=f"{entered.details['errno']} of {entered.details['op']}",
                 entered=entered.time,
                 recovered=recovered.time,
                 most_parked=parked,
                 unsynced=self.unsynced,
-                replayed=replayed,
+                replayed=0 if replayed is None else int(replayed[1]),
             )
         elif failure is None:
             failure = "there was no standby episode"

@@ -11,14 +11,14 @@ from tests.support.measured import MeasuredLoad
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Episode:
     """One standby.  Times on the clock of `time.time`; `unsynced`: bytes the storage had
-    acknowledged and then lost; `replayed`: what ploopd says of the step that restores them."""
+    acknowledged and then lost; `replayed`: bytes that the replace has written again."""
 
     cause: str
     entered: float
     recovered: float
     most_parked: int
     unsynced: int
-    replayed: str
+    replayed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +64,6 @@ def summarise(outcome: Outcome) -> list[tuple[str, str]]:
             "none" if first is None else f"{1000 * first:.0f} ms",
         ),
         ("acknowledged writes the storage lost", format_size(episode.unsynced)),
-        ("written again by the replace", episode.replayed or "nothing"),
+        ("written again by the replace", format_size(episode.replayed)),
     ]
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import trio.lowlevel
 
 from ploopd.errors import StorageError
 from ploopd.fileio.faults import Fault, FaultyOs
+from ploopd.fileio.oslayer import RealOs
 from ploopd.storage.check import check_image
 from ploopd.storage.device import ExtentKind
 from tests.support import images, oracles
@@ -443,6 +445,54 @@ def test_the_same_path_again_after_the_storage_came_back(shm: Path) -> None:
 
     trio.run(run)
     assert check_image(str(path), repair=None).corruptions == 0
+
+
+class Cached(RealOs):
+    """A page cache that still has what the storage has lost: reads show `pages` until dropped."""
+
+    def __init__(self, pages: bytes) -> None:
+        self.pages: bytes | None = pages
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int, flags: int = 0, /) -> int:
+        if self.pages is None:
+            return os.preadv(fd, buffers, offset, flags)
+        done = 0
+        for buffer in buffers:
+            piece = self.pages[offset + done : offset + done + len(buffer)]
+            buffer[: len(piece)] = piece
+            done += len(piece)
+        return done
+
+    def drop_cache(self, fd: int, /) -> None:
+        self.pages = None
+
+
+def test_the_map_of_a_replaced_volume_is_what_the_storage_has_not_what_the_page_cache_has(
+    shm: Path,
+) -> None:
+    """GlusterFS acknowledged BAT entries and lost them; the page cache of FUSE still had them."""
+    path = images.write_delta(shm / "disk.hds", SIZE, {0: b"\x11" * 512}, cluster_size=CLUSTER)
+    pages = bytearray(path.read_bytes())
+    struct.pack_into("<I", pages, 64 + 4 * 5, 2)
+    pages += bytes(CLUSTER)
+    with path.open("ab") as file:
+        file.write(bytes(CLUSTER))
+
+    async def run() -> None:
+        async with (
+            running_engine() as engine,
+            open_disk(path, engine, close=False) as old,
+        ):
+            old.volume.abandon()
+            layer = Cached(bytes(pages))
+            async with open_disk(path, engine, layer=layer, inherit=old.volume) as disk:
+                assert await disk.read(5 * CLUSTER, 512) == bytes(512)
+                await disk.write(5 * CLUSTER, b"\x22" * 512)
+        assert table(path)[5] != 0, "the entry was believed to be there"
+
+    trio.run(run)
+    raw = oracles.read_through_qemu([("parallels", path)], shm / "seen.raw").read_bytes()
+    assert raw[5 * CLUSTER :][:512] == b"\x22" * 512
 
 
 def test_probe_tells_whether_the_storage_takes_writes(shm: Path) -> None:
