@@ -258,3 +258,35 @@ def test_events_can_be_followed_while_they_happen(storage: FaultFs, tmp_path: Pa
         assert seen[0] == "standby-entered"
         for wanted in ("parked", "replace-started", "replace-step", "recovered"):
             assert wanted in seen
+
+
+@pytest.mark.parametrize("mode", ["reopen", "command"])
+def test_a_daemon_ends_while_it_tries(mode: str, storage: FaultFs, tmp_path: Path) -> None:
+    """In standby with a request that waits: exit code 8, soon, and the program has gone, too."""
+    thin_image(storage.source / "disk.hds")
+    pid = tmp_path / "pid"
+    hook = tmp_path / "hook"
+    hook.write_text(f"#!/bin/sh\necho $$ >{pid}\nsleep 60\n")
+    hook.chmod(0o755)
+    options: tuple[str, ...] = ("--recovery", mode)
+    if mode == "command":
+        options += ("--recovery-command", str(hook))
+    served = storage.mountpoint / "disk.hds"
+    with ServeProcess(served, directory=tmp_path, options=options) as server:
+        (device,) = server.device_names()
+        with Initiator(server.url) as initiator:
+            initiator.settle()
+            storage.fail("disk.hds", "*", errno=errno.EIO)
+            initiator.write(0, bytes([1]) * 4096)
+            assert initiator.poll(0.3) == []
+            wait_for_standby(server, device, "on", 10)
+            deadline = time.monotonic() + 10
+            while mode == "command" and not (pid.exists() and pid.read_text().strip()):
+                assert time.monotonic() < deadline, "the program does not run"
+                time.sleep(0.05)
+            began = time.monotonic()
+            assert server.stop(timeout=40) == 8, server.stderr[-2000:]
+            assert time.monotonic() - began < 30
+        assert "Traceback" not in server.stderr
+    if mode == "command":
+        assert not Path(f"/proc/{pid.read_text().strip()}").exists()
