@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from ploopd.control.handlers import all_operations
 from ploopd.control.server import Operation
 from ploopd.device_table import DeviceTable
 from ploopd.devices import DeviceOptions, Environment
-from ploopd.errors import BusyError, ExitCode, NotFoundError, PloopError, UsageError
+from ploopd.errors import BusyError, ExitCode, NotFoundError, PloopError, StorageError, UsageError
 from ploopd.fileio.engine import make_engine
 from ploopd.storage.create import create_image
 from ploopd.storage.journaling import JournalMode
@@ -217,3 +218,40 @@ async def test_a_replacement_that_fails_says_why_after_its_steps(tmp_path: Path)
         assert caught.value.exit_code == ExitCode.NOT_FOUND
         assert caught.value.path == str(tmp_path / "missing")
         assert await daemon.standby("Show") == "off"
+
+
+@pytest.mark.trio
+async def test_a_reload_and_a_dry_run_tell_their_steps_and_end_with_a_report(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path) as daemon:
+        image = str(tmp_path / "disk.hds")
+        await daemon.standby("Enter")
+        for dry_run in (True, False):
+            daemon.steps.clear()
+            parameters = messages.ReloadParameters(name="disk", dry_run=dry_run)
+            reply = await daemon.call("ReloadDevice", parameters)
+            assert isinstance(reply, messages.ReplaceStep)
+            assert reply.report is not None
+            assert (reply.planned, reply.report.dry_run) == (dry_run, dry_run)
+            assert (reply.report.image, reply.report.level) == (image, None)
+            sent = [each for each in daemon.steps if isinstance(each, messages.ReplaceStep)]
+            assert [each.step for each in sent] == [each.step for each in reply.report.steps]
+            assert [each.planned for each in sent[1:]] == [dry_run] * (len(sent) - 1)
+            assert await daemon.standby("Show") == ("on" if dry_run else "off")
+
+
+@pytest.mark.trio
+async def test_the_latch_is_told_and_cleared(tmp_path: Path) -> None:
+    async with running(tmp_path) as daemon:
+        with pytest.raises(BusyError, match="not latched"):
+            await daemon.call("ClearLatch", messages.DeviceName(name="disk"))
+        (device,) = daemon.devices
+        device.gate.judge(StorageError(errno.ESTALE, "write", path="disk.hds"))
+        shown = await daemon.call("ShowDevice", messages.DeviceName(name="disk"))
+        assert isinstance(shown, messages.ShowReply)
+        assert shown.device.latched is not None
+        assert "ESTALE" in shown.device.latched
+        reply = await daemon.call("ClearLatch", messages.DeviceName(name="disk"))
+        assert reply == messages.ClearLatchReply(failure=shown.device.latched)
+        assert not device.gate.read_only
