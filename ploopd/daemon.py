@@ -186,7 +186,7 @@ class _Daemon:
         self.devices = DeviceTable(self.env)
         self.target = Target(config.iscsi.iqn)
         self.iscsi = IscsiServer(
-            config.iscsi, {config.iscsi.iqn: self.target}, clock=trio.current_time
+            config.iscsi, {config.iscsi.iqn: self.target}, clock=trio.current_time, storage=engine
         )
         self.portals: list[tuple[str, int]] = []
         self.added: list[Device] = []

@@ -67,6 +67,10 @@ class IoEngine(Protocol):
         """Nobody waits for `fd` any more: end what has not begun with ECANCELED."""
         ...
 
+    def ready(self) -> int:
+        """How many operations have completed and wait for `kick`."""
+        ...
+
     def kick(self) -> None:
         """Begin what was queued; call back what has completed.  Once per batch."""
         ...

@@ -230,6 +230,10 @@ class RingEngine:
 
     # The loop's side.
 
+    def ready(self) -> int:
+        """How many operations have completed and wait for `kick`."""
+        return self._ring.completed() + len(self._results.queue)
+
     def kick(self) -> None:
         """Submit what was queued by one system call; call back what has completed by now.
 

@@ -139,6 +139,10 @@ class ThreadEngine:
 
     # The loop's side.
 
+    def ready(self) -> int:
+        """How many operations have completed and wait for `kick`."""
+        return len(self._completions.queue)
+
     def kick(self) -> None:
         """Hand over what was queued and call back what has completed."""
         if self._pumping:

@@ -26,11 +26,16 @@ _SYS_REGISTER = 427
 
 _SETUP_CQSIZE = 1 << 3
 _SETUP_CLAMP = 1 << 4
+_SETUP_COOP_TASKRUN = 1 << 8
+_SETUP_TASKRUN_FLAG = 1 << 9
+_COOPERATIVE = _SETUP_COOP_TASKRUN | _SETUP_TASKRUN_FLAG
+"""Completions do not interrupt the thread: it sees them when it enters the kernel (Linux 5.19)."""
 _ENTER_GETEVENTS = 1 << 0
 _FEAT_NODROP = 1 << 1
 _REGISTER_EVENTFD = 4
 _REGISTER_IOWQ_MAX_WORKERS = 19
 _SQ_CQ_OVERFLOW = 1 << 1
+_SQ_TASKRUN = 1 << 2
 
 _OFF_SQ_RING = 0
 _OFF_CQ_RING = 0x8000000
@@ -81,11 +86,11 @@ class Ring:
     """
 
     def __init__(self, entries: int = 256, completions: int = 4096) -> None:
-        params = bytearray(_PARAMS_SIZE)
-        _PARAMS_HEAD.pack_into(params, 0, 0, completions, _SETUP_CQSIZE | _SETUP_CLAMP, 0, 0)
         self._syscall = libc().syscall
-        raw = (ctypes.c_char * _PARAMS_SIZE).from_buffer(params)
-        self.fd = int(self._syscall(_SYS_SETUP, entries, raw))
+        params = bytearray(_PARAMS_SIZE)
+        self.fd = self._setup(params, entries, completions, _COOPERATIVE)
+        if self.fd < 0 and ctypes.get_errno() == errno.EINVAL:
+            self.fd = self._setup(params, entries, completions, 0)
         if self.fd < 0:
             raise last_error("io_uring_setup")
         try:
@@ -93,6 +98,14 @@ class Ring:
         except BaseException:
             os.close(self.fd)
             raise
+
+    def _setup(self, params: bytearray, entries: int, completions: int, flags: int) -> int:
+        """io_uring_setup(2)."""
+        flags |= _SETUP_CQSIZE | _SETUP_CLAMP
+        params[:] = bytes(_PARAMS_SIZE)
+        _PARAMS_HEAD.pack_into(params, 0, 0, completions, flags, 0, 0)
+        raw = (ctypes.c_char * _PARAMS_SIZE).from_buffer(params)
+        return int(self._syscall(_SYS_SETUP, entries, raw))
 
     def _map(self, params: bytearray) -> None:
         sq_entries, cq_entries, *_ = _PARAMS_HEAD.unpack_from(params, 0)
@@ -172,13 +185,20 @@ class Ring:
     def ready(self) -> bool:
         """Is there something to reap?"""
         return self._cq[self._cq_tail] != self._head or bool(
-            self._sq[self._sq_flags] & _SQ_CQ_OVERFLOW
+            self._sq[self._sq_flags] & (_SQ_CQ_OVERFLOW | _SQ_TASKRUN)
         )
+
+    def completed(self) -> int:
+        """How many there are to reap, without what the kernel has no room for."""
+        if self._sq[self._sq_flags] & (_SQ_CQ_OVERFLOW | _SQ_TASKRUN):
+            self._fetch()
+        count: int = (self._cq[self._cq_tail] - self._head) & 0xFFFFFFFF
+        return count
 
     def reap(self) -> list[tuple[int, int]]:
         """The (tag, result) of everything that has completed; a result < 0 is a negative errno."""
-        if self._sq[self._sq_flags] & _SQ_CQ_OVERFLOW:
-            self._flush_overflow()
+        if self._sq[self._sq_flags] & (_SQ_CQ_OVERFLOW | _SQ_TASKRUN):
+            self._fetch()
         tail, head = self._cq[self._cq_tail], self._head
         cqes, mask, unpack = self._cqes, self._cq_mask, _CQE.unpack_from
         found = []
@@ -188,8 +208,8 @@ class Ring:
         self._head = self._cq[self._cq_head] = head
         return found
 
-    def _flush_overflow(self) -> None:
-        """Make the kernel move what it kept aside into the completion ring, as far as it fits."""
+    def _fetch(self) -> None:
+        """Make the kernel put what it keeps aside into the completion ring, as far as it fits."""
         if self._syscall(_SYS_ENTER, self.fd, 0, 0, _ENTER_GETEVENTS, None, 0) < 0:
             number = ctypes.get_errno()
             if number not in (errno.EINTR, errno.EBUSY, errno.EAGAIN):

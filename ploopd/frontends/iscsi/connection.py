@@ -146,10 +146,10 @@ class Connection:
         return self._flow.close_reason is not None
 
     @property
-    def expects_completions(self) -> bool:
-        """Whether commands are at the device, so that output may come without input."""
+    def executing(self) -> int:
+        """How many commands are at the device, so that output may come without input."""
         nexus = None if self._session is None else self._session.nexus
-        return nexus is not None and bool(nexus.tasks or self._flow.lane)
+        return 0 if nexus is None else len(nexus.tasks) + len(self._flow.lane)
 
     def receive_buffer(self) -> memoryview:
         """Where received bytes go; empty while `paused` with a full buffer."""
@@ -173,6 +173,15 @@ class Connection:
                 self.paused = self._full_feature.process()
         except ProtocolError as error:
             self.abort(str(error))
+        finally:
+            flow.busy = False
+
+    def collect(self, deliver: Callable[[], None]) -> None:
+        """Call `deliver`, which completes commands; their answers are there when this returns."""
+        flow = self._flow
+        flow.busy = True
+        try:
+            deliver()
         finally:
             flow.busy = False
 

@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Protocol
 
 import trio
 
@@ -29,12 +30,27 @@ logger = logging.getLogger(__name__)
 BACKLOG = 256
 ROUNDS = 64
 """Batches handled in a row before other tasks get their turn."""
+GROUP = 8
+"""Completed commands that are answered together, if so many are under way: they share the system
+calls."""
+MOST_POLLING = 2e-3
+"""Seconds after which a reader that looks for input gives way, whatever the storage completes."""
 TICK = 1.0
 RESOURCE_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 RESOURCE_PAUSE = 0.1
 """Seconds to wait when the process has no descriptors left, before accepting again."""
 
 Address = tuple[str, int]
+
+
+class Storage(Protocol):
+    """Whatever executes the commands (`fileio.engine.IoEngine`)."""
+
+    def ready(self) -> int:
+        """How many operations have completed and wait for `kick`."""
+        ...
+
+    def kick(self) -> None: ...
 
 
 class _Parked:
@@ -120,7 +136,7 @@ class IscsiServer:
     """Serves `targets` (by name) at the portals of `config`.
 
     Raises `PloopError` or `UsageError` for a configuration that cannot or must not be used.
-    `clock` is monotonic seconds.
+    `clock` is monotonic seconds.  `storage` is the engine under the targets, if it can be asked.
     """
 
     def __init__(
@@ -129,10 +145,12 @@ class IscsiServer:
         targets: Mapping[str, Target],
         *,
         clock: Callable[[], float] = trio.current_time,
+        storage: Storage | None = None,
     ) -> None:
         config.check()
         self._config = config
         self._clock = clock
+        self._storage = storage
         self._node = TargetNode(config=config, targets=dict(targets), random=secrets.token_bytes)
         self._listeners: list[socket.socket] = []
         self._links: dict[Connection, _Link] = {}
@@ -352,21 +370,33 @@ class IscsiServer:
     def _poll(self, link: _Link, poll: AdaptivePoll, space: memoryview) -> int | None:
         """Try to receive for a moment; None: there is nothing, sleep.
 
-        Only where nobody else can be waiting for the loop: a single connection, and no command of
-        it at the device.  Raises `OSError` as recv(2).
+        Only where nobody else can be waiting for the loop: a single connection.  What the storage
+        completes meanwhile is answered, several commands at a time if many are under way.  Raises
+        `OSError` as recv(2).
         """
-        if len(self._links) > 1 or link.engine.expects_completions or not poll.wanted():
+        engine, storage = link.engine, self._storage
+        executing = engine.executing
+        if len(self._links) > 1 or (executing and storage is None) or not poll.wanted():
             return None
-        recv_into = link.sock.recv_into
-        end = time.perf_counter() + WINDOW
-        while time.perf_counter() < end:
+        recv_into, now = link.sock.recv_into, time.perf_counter
+        last = begin = now()
+        while (time_now := now()) < last + WINDOW and time_now < begin + MOST_POLLING:
+            ready = storage.ready() if executing and storage is not None else 0
+            if ready and (ready >= min(GROUP, executing // 2) or time_now > last + WINDOW / 4):
+                assert storage is not None
+                engine.collect(storage.kick)
+                link.flush()
+                if engine.wants_close or link.blocked:
+                    return None
+                executing = engine.executing
+                last = now()
             try:
                 count = recv_into(space)
             except BlockingIOError:
                 continue
             poll.ended(True)
             return count
-        poll.ended(False)
+        poll.ended(last > begin)
         return None
 
     async def _write(self, link: _Link) -> None:

@@ -41,6 +41,28 @@ def test_an_error_is_a_negative_errno() -> None:
     ring.close()
 
 
+def test_what_has_completed_is_counted() -> None:
+    ring = Ring(8, 16)
+    assert (ring.completed(), ring.ready()) == (0, False)
+    for tag in range(3):
+        ring.push(Opcode.NOP, -1, 0, 0, 0, tag)
+    assert ring.completed() == 0, "not submitted"
+    ring.submit(wait=3)
+    assert (ring.completed(), ring.ready()) == (3, True)
+    assert len(ring.reap()) == 3
+    assert (ring.completed(), ring.ready()) == (0, False)
+    ring.close()
+
+
+def test_a_kernel_without_cooperative_completions_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uring, "_COOPERATIVE", 1 << 31)  # refused with EINVAL, as by an old one
+    ring = Ring(8, 16)
+    ring.push(Opcode.NOP, -1, 0, 0, 0, 1)
+    ring.submit(wait=1)
+    assert ring.reap() == [(1, 0)]
+    ring.close()
+
+
 def test_a_full_ring_refuses_until_it_is_submitted() -> None:
     ring = Ring(4, 8)
     assert [ring.push(Opcode.NOP, -1, 0, 0, 0, tag) for tag in range(5)] == [True] * 4 + [False]

@@ -510,3 +510,40 @@ async def test_connections_that_are_cut_at_any_point() -> None:
             await in_thread(cut, port, how)
         await until_left(server, 0)
         await in_thread(use, port)
+
+
+class CountedStorage:
+    """Completes what the device holds when it is asked for the third time."""
+
+    def __init__(self, device: MemoryDevice) -> None:
+        self.device = device
+        self.asked = 0
+        self.completed = 0
+
+    def ready(self) -> int:
+        self.asked += 1
+        return len(self.device.outstanding) if self.asked % 3 == 0 else 0
+
+    def kick(self) -> None:
+        self.completed += self.device.complete()
+
+
+@pytest.mark.trio
+async def test_a_reader_that_looks_for_input_answers_what_the_storage_completes() -> None:
+    device = MemoryDevice(SIZE, completion=Completion.MANUAL, inline=False)
+    storage = CountedStorage(device)
+    server = IscsiServer(CONFIG, {TARGET: make_target(device)}, storage=storage)
+
+    async def complete_the_rest() -> None:
+        """Readers do not always look."""
+        while True:
+            await trio.sleep(0.05)
+            device.complete()
+
+    async with trio.open_nursery() as nursery:
+        addresses = await nursery.start(server.serve)
+        nursery.start_soon(complete_the_rest)
+        with trio.fail_after(20):
+            await in_thread(use, addresses[0][1])
+        nursery.cancel_scope.cancel()
+    assert storage.completed
