@@ -24,14 +24,18 @@ def missing() -> str | None:
 
 
 def run(seed: int, directory: Path) -> Result:
-    """One chapter: a new daemon with a journal, without, or with one and a lossy storage."""
+    """One chapter: a new daemon with a journal, without, or with one and a lossy storage; in turn
+    with threads instead of io_uring, without a write cache, and with O_DIRECT."""
     source = directory / "source"
     source.mkdir()
     journal, lossy = (("auto", False), ("off", False), ("on", True))[seed % 3]
+    options = ((), ("--io", "threads"), ("--write-cache", "off"), ("--cache", "none"))[seed % 4]
     # Batches go on where the last one stopped, so that all kinds of episodes come in turn.
     numbers = range(seed * EPISODES, (seed + 1) * EPISODES)
     with FaultFs(source, directory / "mount") as storage:
-        chapter = Chapter(storage, directory, seed=seed, journal=journal, lossy=lossy)
+        chapter = Chapter(
+            storage, directory, seed=seed, journal=journal, lossy=lossy, options=options
+        )
         summary = chapter.play(plans(seed, numbers))
     first = summary.first_completions()
     return Result(
