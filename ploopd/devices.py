@@ -235,13 +235,14 @@ class Device:
         if self.gate.faulted or self.gate.latched is not None:
             self.volume.doubt()
         error = await self.close_volume(self.opened, CLOSE_DEADLINE)
+        if error is None:
+            self.journaling.closed()
+        self._report_lost()
         if error is not None:
-            self._report_lost()
             raise error
-        self.journaling.closed()
 
     def _report_lost(self) -> None:
-        """The storage may not have what was acknowledged, and nobody can write it any more."""
+        """What is in the journal: the storage may not have it, and nobody writes it any more."""
         status = self.journaling.status
         if status is not None and status.requests:
             self.gate.report(EventKind.JOURNAL_LOST, requests=status.requests, bytes=status.data)

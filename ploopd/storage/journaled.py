@@ -182,6 +182,11 @@ class JournaledDevice:
         if self._failure is None and error.errno not in HARMLESS_ERRNOS:
             self._failure = error
 
+    @property
+    def trusted(self) -> bool:
+        """Nothing has failed that makes the success of a sync worthless."""
+        return self._failure is None
+
     def trust(self) -> None:
         """An operator goes on with this storage."""
         self._failure = None

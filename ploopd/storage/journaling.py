@@ -100,5 +100,7 @@ class Journaling:
             self._device.trust()
 
     def closed(self) -> None:
-        """The volume has been synced and closed."""
-        self._journal.clear()
+        """The volume has been synced and closed: nothing is left to be written, if that sync can be
+        trusted."""
+        if self._device is None or self._device.trusted:
+            self._journal.clear()

@@ -364,6 +364,24 @@ async def test_what_cannot_be_written_at_the_end_is_reported(
 
 
 @pytest.mark.trio
+async def test_a_sync_at_the_end_is_not_trusted_after_a_write_has_failed(
+    directory: Path, faulty: FaultyOs
+) -> None:
+    path = image(directory)
+    async with serving(faulty) as served:
+        device = await served.add(path, KEPT)
+        await write(device, 0, b"a" * 4096)
+        faulty.add(Fault(op="write", path="disk.hds", start=CLUSTER, error=errno.EIO))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write, device, 0, b"b" * 4096)
+            await quiet(device)
+            await device.close()
+            nursery.cancel_scope.cancel()
+        (lost,) = [event for event in served.events if event.kind is EventKind.JOURNAL_LOST]
+        assert lost.details == {"requests": 1, "bytes": 4096}
+
+
+@pytest.mark.trio
 async def test_a_device_that_is_read_only_or_without_need_has_no_journal(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
