@@ -40,6 +40,7 @@ from ploopd.gate.filter import STANDBY_ERRNOS
 from ploopd.gate.limits import ParkLimits
 from ploopd.gate.state import GateState
 from ploopd.kernel_front_end import KernelFrontEnd
+from ploopd.lio_exports import LioExports
 from ploopd.scsi.target import Target
 from ploopd.storage.journaling import JournalMode
 from ploopd.storage.opener import OpenOptions
@@ -193,6 +194,7 @@ class _Daemon:
         self.fused = False
         self.view = None if config.sysfs is None else make_view(self.devices, config.sysfs)
         self.kernel = self._kernel_front_end() if config.lio else None
+        self.exports = None if self.kernel is None else LioExports(self.devices, self.kernel)
         self.automation = Automation(control.path)
         self.control_scope = trio.CancelScope()
         self.automation_scope = trio.CancelScope()
@@ -317,6 +319,7 @@ class _Daemon:
             started=self.started,
             event_log=self.event_log,
             automation=self.automation,
+            lio=self.exports,
         )
         info = messages.ServiceInfo(
             vendor="ploopd",

@@ -13,6 +13,7 @@ from ploopd.cli.lazy import LazyGroup
 _COMMANDS = {
     "image": ("ploopd.cli.image:image", "Create, inspect and check images; needs no daemon."),
     "device": ("ploopd.cli.device:device", "The disks of a running daemon."),
+    "lio": ("ploopd.cli.lio:lio", "Devices as LUNs of the kernel's own iSCSI target."),
     "events": ("ploopd.cli.events:events", "What happened to the devices, and what happens."),
     "info": ("ploopd.cli.info:info", "Version, portals and uptime of a running daemon."),
     "completion": ("ploopd.cli.completion:completion", "Print a shell's completion script."),

@@ -11,6 +11,7 @@ from ploopd.control.event_log import EventLog
 from ploopd.device_table import DeviceTable
 from ploopd.devices import Device
 from ploopd.errors import NotFoundError
+from ploopd.lio_exports import LioExports
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +20,7 @@ class ControlContext:
 
     `urls(device)` are the URLs of a device; `started` is on the devices' clock.
     `event_log` has what happened to them, `automation` recovers them.
+    `lio` exports them through the kernel's target, if this daemon serves that.
     """
 
     devices: DeviceTable
@@ -29,6 +31,7 @@ class ControlContext:
     started: float
     event_log: EventLog
     automation: Automation
+    lio: LioExports | None = None
 
     def find(self, name: str) -> Device:
         """The device called `name`.  Raises `NotFoundError`, which proposes the nearest name."""

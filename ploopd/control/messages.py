@@ -217,6 +217,59 @@ class EventsReply(Message, frozen=True, kw_only=True):
     lost: int = 0
 
 
+class LioExportParameters(Message, frozen=True, kw_only=True):
+    """Export device `name` as a LUN of the kernel target's `iqn`.
+
+    `portals`: `HOST:PORT`.  `acl`: initiator names, empty for all.  `chap_file`: a file with the
+    account, read by the daemon.  `lun` None takes the first free one.  `insecure` allows a network
+    address with neither ACL nor CHAP.
+    """
+
+    name: str
+    iqn: str
+    portals: list[str]
+    acl: list[str] = []
+    chap_file: str | None = None
+    lun: int | None = None
+    insecure: bool = False
+
+
+class LioUnexportParameters(Message, frozen=True, kw_only=True):
+    """Take the LUNs of device `name` away: that of `iqn`, or all."""
+
+    name: str
+    iqn: str | None = None
+
+
+class LioExport(Message, frozen=True, kw_only=True):
+    """One LUN of the kernel's target that was made by this daemon; `error` says why it is not there
+    (LioRestore)."""
+
+    device: str
+    iqn: str
+    lun: int
+    portals: list[str]
+    acl: list[str]
+    chap: bool
+    error: str | None = None
+
+
+class LioBackstore(Message, frozen=True, kw_only=True):
+    """A backstore of the kind user:ploop; `config` is what it names, `luns` are `IQN/LUN`,
+    `device` the device that serves it, if one does."""
+
+    name: str
+    config: str
+    size: int
+    luns: list[str]
+    device: str | None
+
+
+class LioReply(Message, frozen=True, kw_only=True):
+    exports: list[LioExport]
+    backstores: list[LioBackstore] = []
+
+
 class DaemonInfo(Message, frozen=True, kw_only=True):
     """The running daemon; `uptime` in seconds."""
 
@@ -329,6 +382,31 @@ EVENTS = Method(
     more=True,
 )
 
+LIO_EXPORT = Method(
+    name="LioExport",
+    parameters=LioExportParameters,
+    reply=LioReply,
+    help="Export a device through the kernel's target.",
+)
+LIO_UNEXPORT = Method(
+    name="LioUnexport",
+    parameters=LioUnexportParameters,
+    reply=LioReply,
+    help="Take a device's LUNs of the kernel's target away.",
+)
+LIO_LIST = Method(
+    name="LioList",
+    parameters=Empty,
+    reply=LioReply,
+    help="What is exported through the kernel's target, and its backstores of our kind.",
+)
+LIO_RESTORE = Method(
+    name="LioRestore",
+    parameters=Empty,
+    reply=LioReply,
+    help="Make again what was exported and is not there.",
+)
+
 METHODS: tuple[Method, ...] = (
     GET_INFO,
     LIST_DEVICES,
@@ -341,4 +419,8 @@ METHODS: tuple[Method, ...] = (
     STANDBY_LEAVE,
     STANDBY_WAIT,
     EVENTS,
+    LIO_EXPORT,
+    LIO_UNEXPORT,
+    LIO_LIST,
+    LIO_RESTORE,
 )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from ploopd.control.context import ControlContext
-from ploopd.control.handlers import device, events, info, recovery, standby
+from ploopd.control.handlers import device, events, info, lio, recovery, standby
 from ploopd.control.server import Operation
 
 
@@ -18,4 +18,5 @@ def all_operations(context: ControlContext) -> list[Operation]:
         *recovery.operations(context),
         *standby.operations(context),
         *events.operations(context),
+        *lio.operations(context),
     ]

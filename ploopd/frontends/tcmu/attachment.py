@@ -54,7 +54,8 @@ class Attachment:
     """`uio` served by `device`.
 
     `start` raises a PloopError when that cannot be; then `serve` runs until the kernel removes the
-    device, `stop` or cancellation.  `ended` is set when nothing of it is open any more.
+    device, `stop` or cancellation.  `ended` is set when nothing of it is open any more;
+    `waits_for_replies`: the kernel wants netlink events of this device to be answered.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Attachment:
         self.uio = uio
         self.device = device
         self.ended = trio.Event()
+        self.waits_for_replies = True
         self._kernel = kernel
         self._notes = notes
         self._limiter = limiter
@@ -108,6 +110,7 @@ class Attachment:
                 value=int(told),
                 hint=f"create the backstore with size={self.device.size}",
             )
+        self.waits_for_replies = kernel.attribute(uio, "nl_reply_supported") == "1"
         file = kernel.open(uio)
         # The kernel must not give up a command that is parked: it would still be executed.  Not
         # possible while a LUN exports the device, which is so after a restart, when it was done.

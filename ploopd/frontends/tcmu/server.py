@@ -20,7 +20,7 @@ from typing import Protocol
 import trio
 
 from ploopd.disownable import disownable
-from ploopd.errors import BusyError, NotFoundError, PloopError, UsageError
+from ploopd.errors import BusyError, ExitCode, NotFoundError, PloopError, UsageError
 from ploopd.frontends.tcmu import netlink
 from ploopd.frontends.tcmu.attachment import CONFIGFS_SECONDS, Attachment, Served
 from ploopd.frontends.tcmu.names import Reference, parse_config, parse_kernel_name
@@ -74,7 +74,7 @@ class TcmuServer:
         self._started: dict[UioDevice, trio.Event] = {}
         self._failures: dict[UioDevice, PloopError] = {}
         self._wake = trio.Event()
-        self._grace: float | None = None
+        self._changed = trio.Event()
         self._stopping = False
         self._interval = SCAN_SECONDS
 
@@ -89,6 +89,25 @@ class TcmuServer:
                 with trio.move_on_after(self._interval):
                     await self._wake.wait()
                 await self._scan(nursery)
+
+    async def wait_attached(self, backstore: str, seconds: float) -> Attachment:
+        """The attachment of the backstore called so, which has just been made.
+
+        Raises PloopError when it cannot be served, or is not after `seconds`."""
+        self._wake.set()
+        with trio.move_on_after(seconds):
+            while backstore not in self.attached:
+                for uio, failure in self._failures.items():
+                    if uio.name.backstore == backstore:
+                        raise failure
+                await self._changed.wait()
+            return self.attached[backstore]
+        raise PloopError(
+            f"the kernel's device was not there after {seconds:g} s",
+            field="backstore",
+            value=backstore,
+            exit_code=ExitCode.TIMEOUT,
+        )
 
     async def shutdown(self, grace: float) -> None:
         """Let go of all devices; see `Attachment.stop`.  Initiators see a pause until the next
@@ -155,6 +174,7 @@ class TcmuServer:
             self.attached[uio.name.backstore] = attachment
             self._failures.pop(uio, None)
             self._started[uio].set()
+            self._announce()
             log.info("event=tcmu-attached uio=%s device=%s", uio, device.name)
             try:
                 await attachment.serve()
@@ -165,10 +185,15 @@ class TcmuServer:
             with trio.CancelScope(shield=True):
                 await self._provider.release(device)
 
+    def _announce(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
     def _failed(self, uio: UioDevice, error: PloopError) -> None:
         before = self._failures.get(uio)
         self._failures[uio] = error
         self._started[uio].set()
+        self._announce()
         if before is None or str(before) != str(error):
             log.error("event=tcmu-failed uio=%s error=%r", uio, str(error))
 
@@ -220,7 +245,7 @@ class TcmuServer:
             netlink.EventKind.REMOVED: self._removed,
             netlink.EventKind.RECONFIGURED: self._reconfigured,
         }
-        waits = event.kind is netlink.EventKind.REMOVED or await self._waits_for_reply(uio)
+        waits = await self._waits_for_reply(uio, event.kind)
         status = 0
         try:
             await handle[event.kind](uio, event)
@@ -228,13 +253,20 @@ class TcmuServer:
             status = -_errno_of(error)
             log.warning("event=tcmu-refused uio=%s error=%r", uio, str(error))
         if waits:
-            # A device that does not wait makes the kernel complain about the reply, no more.
             with contextlib.suppress(OSError):
                 await channel.sendto(netlink.reply(event, family, status), KERNEL)
 
-    async def _waits_for_reply(self, uio: UioDevice) -> bool:
+    async def _waits_for_reply(self, uio: UioDevice, kind: netlink.EventKind) -> bool:
+        """A reply that nobody waits for makes the kernel complain, one that is missing makes it
+        wait for ever."""
+        attachment = self.attached.get(uio.name.backstore)
+        if attachment is not None and attachment.uio == uio:
+            return attachment.waits_for_replies
+        if kind is netlink.EventKind.REMOVED:
+            return True  # its directory is locked by the very rmdir that waits
+
         def ask() -> bool:
-            return self._kernel.attribute(uio, "nl_reply_supported") == "1"
+            return self._kernel.attribute(uio, "nl_reply_supported") != "-1"
 
         with contextlib.suppress(PloopError):
             return await disownable(

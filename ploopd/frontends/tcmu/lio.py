@@ -1,0 +1,342 @@
+"""The kernel target's configuration, by rtslib-fb: backstores, targets, LUNs, access.
+
+The only module that imports rtslib.  Everything blocks, some calls until the handler has answered
+a command, so nothing here may run in the event loop's thread.
+
+What others have made is left alone: a target that we did not create gets our LUN, portals and ACLs
+only, and loses only those.  `Exported.made` remembers what was ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ploopd.errors import (
+    BusyError,
+    DeniedError,
+    NotFoundError,
+    PloopError,
+    UnsupportedError,
+    UsageError,
+)
+from ploopd.frontends.tcmu.names import SUBTYPE
+
+if TYPE_CHECKING:
+    from rtslib_fb import LUN, TPG, NodeACL, Target, UserBackedStorageObject
+
+CONTROL = "nl_reply_supported=-1,max_data_area_mb=64"
+"""Never wait for a netlink reply: if tcmu-runner runs as well, it answers first, and wrongly."""
+
+HW_MAX_SECTORS = 8192
+COMMAND_WINDOW = 128
+PORTAL_GROUP = 1
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chap:
+    """A CHAP account, with the target's own if `mutual_user` is set.  Secrets are text here."""
+
+    user: str
+    secret: str
+    mutual_user: str | None = None
+    mutual_secret: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRequest:
+    """How a device is exported: `backstore` is its name in the kernel, `size` in bytes, `serial`
+    the unit serial number.  `lun` None takes the first free one.  `acl`: initiator names; empty for
+    all.  `portals`: (address, port)."""
+
+    backstore: str
+    config: str
+    size: int
+    serial: str
+    iqn: str
+    portals: tuple[tuple[str, int], ...]
+    lun: int | None = None
+    acl: tuple[str, ...] = ()
+    chap: Chap | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """A device that is exported.  `made`: what of it did not exist before: `target`, `portal
+    ADDRESS:PORT`, `acl IQN`."""
+
+    backstore: str
+    iqn: str
+    lun: int
+    portals: tuple[tuple[str, int], ...]
+    made: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backstore:
+    """A backstore of the kind user:ploop as the kernel has it; `luns` are `IQN/LUN`."""
+
+    name: str
+    config: str
+    size: int
+    luns: tuple[str, ...]
+
+
+class Lio:
+    """The kernel's target on this machine.
+
+    Raises UnsupportedError without rtslib, LIO or configfs and DeniedError without the right to
+    change it.
+    """
+
+    def __init__(self) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about a dbroot that is in use
+                import rtslib_fb
+        except ImportError as error:
+            raise UnsupportedError(
+                f"rtslib-fb is not installed: {error}", hint="pip install 'ploopd[lio]'"
+            ) from error
+        if os.geteuid() != 0:
+            raise DeniedError("only root may change the kernel's target")
+        self._rtslib: Any = rtslib_fb
+        unusable = "the kernel's target (LIO) is not to be had here"
+        with self._errors(unusable), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._root = rtslib_fb.RTSRoot()
+
+    # -- backstores ------------------------------------------------------------------------
+
+    def backstores(self) -> list[Backstore]:
+        """Those of the kind user:ploop."""
+        return [
+            Backstore(
+                name=each.name,
+                config=each.config.removeprefix(f"{SUBTYPE}/"),
+                size=each.size,
+                luns=tuple(
+                    f"{lun.parent_tpg.parent_target.wwn}/{lun.lun}" for lun in each.attached_luns
+                ),
+            )
+            for each in self._ours()
+        ]
+
+    def create_backstore(self, request: ExportRequest) -> bool:
+        """Make the backstore, which the handler then finds; False if there is one for the same
+        device already.  Raises BusyError if another one has the name."""
+        existing = self._find(request.backstore)
+        config = f"{SUBTYPE}/{request.config}"
+        if existing is not None:
+            if existing.plugin == "user" and existing.config == config:
+                return False
+            raise BusyError(
+                "another backstore has that name", field="backstore", value=request.backstore
+            )
+        with self._errors(f"the backstore {request.backstore} cannot be made"):
+            self._rtslib.UserBackedStorageObject(
+                request.backstore,
+                config,
+                request.size,
+                wwn=request.serial,
+                hw_max_sectors=HW_MAX_SECTORS,
+                control=CONTROL,
+            )
+        return True
+
+    def delete_backstore(self, name: str) -> None:
+        """Delete a backstore of ours that no LUN uses.  Raises BusyError otherwise."""
+        backstore = self._ours_by_name(name)
+        if next(iter(backstore.attached_luns), None) is not None:
+            raise BusyError("is exported", field="backstore", value=name)
+        with self._errors(f"the backstore {name} cannot be deleted"):
+            backstore.delete()
+
+    def _ours(self) -> list[UserBackedStorageObject]:
+        self._root.invalidate_caches()
+        with self._errors("the kernel's backstores cannot be listed"):
+            return [
+                each
+                for each in self._root.storage_objects
+                if each.plugin == "user" and (each.config or "").startswith(f"{SUBTYPE}/")
+            ]
+
+    def _find(self, name: str) -> Any | None:
+        self._root.invalidate_caches()
+        for each in self._root.storage_objects:
+            if each.name == name:
+                return each
+        return None
+
+    def _ours_by_name(self, name: str) -> UserBackedStorageObject:
+        for each in self._ours():
+            if each.name == name:
+                return each
+        names = ", ".join(each.name for each in self._ours()) or "none"
+        raise NotFoundError(
+            "no such backstore", field="backstore", value=name, hint=f"there are: {names}"
+        )
+
+    # -- exporting -------------------------------------------------------------------------
+
+    def export(self, request: ExportRequest) -> Exported:
+        """Make a LUN of the backstore, with everything that is needed for it and not there yet.
+
+        What was made is unmade when something fails.  Raises PloopError.
+        """
+        made: list[str] = []
+        impossible = f"{request.backstore} cannot be exported as {request.iqn}"
+        with self._errors(impossible), ExitStack() as undo:
+            target, tpg = self._portal_group(request, made, undo)
+            lun = self._lun(request, tpg, undo)
+            self._access(request, tpg, lun, made, undo)
+            self._portals(request, tpg, made, undo)
+            tpg.enable = True
+            undo.pop_all()
+        return Exported(
+            backstore=request.backstore,
+            iqn=target.wwn,
+            lun=lun.lun,
+            portals=request.portals,
+            made=tuple(made),
+        )
+
+    def _portal_group(
+        self, request: ExportRequest, made: list[str], undo: ExitStack
+    ) -> tuple[Target, TPG]:
+        rtslib = self._rtslib
+        fabric = rtslib.FabricModule("iscsi")
+        known = {each.wwn for each in fabric.targets} if fabric.exists else set()
+        target = rtslib.Target(fabric, request.iqn)
+        if target.wwn not in known:
+            made.append("target")
+            undo.callback(self._quietly, target.delete)
+        tpg = rtslib.TPG(target, PORTAL_GROUP)
+        if "target" in made:
+            tpg.set_attribute("default_cmdsn_depth", COMMAND_WINDOW)
+            demo = not request.acl
+            tpg.set_attribute("generate_node_acls", int(demo))
+            tpg.set_attribute("cache_dynamic_acls", int(demo))
+            tpg.set_attribute("demo_mode_write_protect", 0)
+            tpg.set_attribute("authentication", int(request.chap is not None))
+            if request.chap is not None and demo:
+                _set_chap(tpg, request.chap)
+        return target, tpg
+
+    def _lun(self, request: ExportRequest, tpg: TPG, undo: ExitStack) -> LUN:
+        taken = {lun.lun: lun for lun in tpg.luns}
+        for lun in taken.values():
+            if lun.storage_object.name == request.backstore:
+                raise BusyError(
+                    "the device is a LUN of that target already",
+                    field="LUN",
+                    value=f"{request.iqn}/{lun.lun}",
+                )
+        if request.lun in taken:
+            raise BusyError("that LUN is taken", field="LUN", value=f"{request.iqn}/{request.lun}")
+        backstore = self._ours_by_name(request.backstore)
+        lun = self._rtslib.LUN(tpg, request.lun, storage_object=backstore)
+        undo.callback(self._quietly, lun.delete)
+        return lun
+
+    def _access(
+        self, request: ExportRequest, tpg: TPG, lun: LUN, made: list[str], undo: ExitStack
+    ) -> None:
+        known = {acl.node_wwn for acl in tpg.node_acls}
+        for name in request.acl:
+            acl = self._rtslib.NodeACL(tpg, name)
+            if acl.node_wwn not in known:
+                made.append(f"acl {acl.node_wwn}")
+                undo.callback(self._quietly, acl.delete)
+                if request.chap is not None:
+                    _set_chap(acl, request.chap)
+            if all(mapped.tpg_lun.lun != lun.lun for mapped in acl.mapped_luns):
+                self._rtslib.MappedLUN(acl, lun.lun, lun)
+
+    def _portals(self, request: ExportRequest, tpg: TPG, made: list[str], undo: ExitStack) -> None:
+        known = {(portal.ip_address, portal.port) for portal in tpg.network_portals}
+        for address, port in request.portals:
+            plain = f"[{address}]" if ":" in address else address
+            if (plain, port) in known:
+                continue
+            portal = self._rtslib.NetworkPortal(tpg, plain, port)
+            made.append(f"portal {plain}:{port}")
+            undo.callback(self._quietly, portal.delete)
+
+    # -- unexporting -----------------------------------------------------------------------
+
+    def unexport(self, exported: Exported) -> None:
+        """Take the LUN away, and what was made for it and nobody else uses.  Raises PloopError."""
+        with self._errors(f"{exported.iqn}/{exported.lun} cannot be taken away"):
+            target = self._target(exported.iqn)
+            if target is None:
+                return
+            for tpg in target.tpgs:
+                self._unexport_from(tpg, exported)
+            if "target" in exported.made and not any(list(tpg.luns) for tpg in target.tpgs):
+                target.delete()
+
+    def _target(self, iqn: str) -> Target | None:
+        fabric = self._rtslib.FabricModule("iscsi")
+        if not fabric.exists:
+            return None
+        return next((each for each in fabric.targets if each.wwn == iqn), None)
+
+    @staticmethod
+    def _unexport_from(tpg: TPG, exported: Exported) -> None:
+        for lun in tpg.luns:
+            if lun.storage_object.name == exported.backstore:
+                lun.delete()  # and its mappings
+        if list(tpg.luns):
+            return
+        for acl in list(tpg.node_acls):
+            if f"acl {acl.node_wwn}" in exported.made and not list(acl.mapped_luns):
+                acl.delete()
+        for portal in list(tpg.network_portals):
+            if f"portal {portal.ip_address}:{portal.port}" in exported.made:
+                portal.delete()
+
+    def _quietly(self, delete: Callable[[], object]) -> None:
+        """Undo as far as possible: the first error is what is told."""
+        with contextlib.suppress(self._rtslib.RTSLibError, OSError):
+            delete()
+
+    # -- errors ----------------------------------------------------------------------------
+
+    @contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        """rtslib's errors and the kernel's, as ours."""
+        try:
+            yield
+        except PloopError:
+            raise
+        except self._rtslib.RTSLibError as error:
+            raise _translated(what, str(error)) from error
+        except OSError as error:
+            raise PloopError(f"{what}: {error.strerror or error}") from error
+
+
+def _translated(what: str, text: str) -> PloopError:
+    if "not valid" in text:
+        return UsageError(f"{what}: {text}", hint="an IQN is like iqn.2026-01.org.example:disk")
+    if "ConfigFS" in text or "configFS" in text or "configfs" in text or "module" in text.lower():
+        return UnsupportedError(
+            f"{what}: {text}", hint="modprobe target_core_user iscsi_target_mod"
+        )
+    return PloopError(f"{what}: {text}")
+
+
+def _set_chap(where: TPG | NodeACL, chap: Chap) -> None:
+    where.chap_userid = chap.user
+    where.chap_password = chap.secret
+    if chap.mutual_user is not None and chap.mutual_secret is not None:
+        where.chap_mutual_userid = chap.mutual_user
+        where.chap_mutual_password = chap.mutual_secret
