@@ -34,8 +34,11 @@ from tests.torture.storages import STORAGES, Storage, missing_programs, until
 
 SIZE = 64 * MIB
 CLUSTER = 65536
-BATCH = 4
-"""Episodes that share a set-up; the last one is replaced by a copy."""
+REPLACEMENTS = ("same path", "same path", "reopen", "copy")
+"""What ends a standby in turn: an operator with the same path, ploopd by itself, a copy."""
+
+BATCH = len(REPLACEMENTS)
+"""Episodes that share a set-up."""
 
 PATIENCE = 60.0
 """Seconds for the device to go into standby: more than any client here takes to give up."""
@@ -148,32 +151,37 @@ class Theatre:
             "park_max": "forever",
             "extra_standby_errnos": list(self.storage.standby_errnos),
         }
+        if self.episode.replacement == "reopen":
+            config |= {"recovery": "reopen", "recovery_delay": 0.5, "recovery_delay_max": 5.0}
         if self.episode.journal == "off":
             return config | {"journal": "off", "write_cache": False}
         return config | {"journal": self.episode.journal}
 
     def play(self) -> None:
         """Cut the link, wait for standby, restore it, replace."""
-        episode, server = self.episode, self.server
+        episode = self.episode
         time.sleep(self.random.uniform(0.1, 1.0))
         cut_at = time.time()
         self.link.cut(Cut(episode.cut))
         try:
-            server.ctl(
-                *("device", "standby", "disk", "wait", "--state", "on"),
-                *("--timeout", f"{PATIENCE:g}"),
-                timeout=PATIENCE + 10,
-            )
+            self.wait_for("on", PATIENCE)
             time.sleep(self.random.uniform(0.2, 3.0))
         finally:
             self.link.restore()
         restored_at = time.time()
         episode.down = restored_at - cut_at
-        self.replace()
+        if episode.replacement == "reopen":
+            self.wait_for("off", RECOVERY)
+        else:
+            self.replace()
         entered = self.event("standby-entered")
         episode.to_standby = entered.time - cut_at
         episode.errno, episode.op = entered.details["errno"], entered.details["op"]
         episode.to_recovery = self.event("recovered").time - restored_at
+
+    def wait_for(self, state: str, seconds: float) -> None:
+        command = ("device", "standby", "disk", "wait", "--state", state)
+        self.server.ctl(*command, "--timeout", f"{seconds:g}", timeout=seconds + 10)
 
     def replace(self) -> None:
         """As an operator does: again until it succeeds."""
@@ -273,7 +281,7 @@ def episodes(
                 seed=chosen.randrange(1 << 32),
                 cut=chosen.choice([cut.value for cut in Cut]),
                 image=chosen.choice(["delta", "chain"]),
-                replacement="copy" if number % BATCH == BATCH - 1 else "same path",
+                replacement=REPLACEMENTS[number % BATCH],
                 journal=journal,
             )
             work = directory / f"work-{number}"

@@ -12,7 +12,7 @@ name = Storage.name
 goal = 20
 what = (
     f"MooseFS ({Storage.patience}): its client's link is cut under verified load of depth 32 "
-    "and comes back; the same path, or a copy on other storage, replaces the image"
+    "and comes back; an operator or ploopd replaces the image by the same path or a copy"
 )
 
 
