@@ -19,6 +19,8 @@ import pytest
 
 from image_format import chain as chain_of
 from image_format import parse_descriptor
+from ploopd.control import messages
+from ploopd.control.client import ControlClient
 from tests.support import images, oracles
 from tests.support.images import MIB
 from tests.support.initiator import ConnectionLostError, Initiator
@@ -30,7 +32,7 @@ SIZE = 16 * MIB
 CLUSTER = 64 << 10
 MOST_CALLS = 60
 
-pytestmark = [pytest.mark.functional, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.functional, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,7 +98,13 @@ class Replacing(threading.Thread):
 
     def _play(self) -> None:
         server, directory = self.server, self.directory
-        server.ctl("device", "standby", "disk", "enter")
+        with ControlClient(server.control) as client:
+            client.call(
+                messages.STANDBY_ENTER,
+                messages.StandbyState,
+                messages.DeviceName(name="disk"),
+                waiting="standby",
+            )
         new = directory / "new.hds"
         shutil.copyfile(directory / "top.hds", new)
         names = ("DiskDescriptor.xml", "DiskDescriptor.xml.tmp", "top.hds", "base.hds", "new.hds")
@@ -172,35 +180,34 @@ def judge(directory: Path) -> None:
     assert (directory / chain[1]).exists()
 
 
-WAYS: dict[str, tuple[tuple[str, ...], str]] = {
-    "new name": ((), "DiskDescriptor.xml"),
-    "old name kept": (("--keep-name",), "top.hds"),
+WAYS: dict[str, tuple[tuple[str, ...], str, int]] = {
+    "new name": ((), "DiskDescriptor.xml", 1),
+    "old name kept": (("--keep-name",), "top.hds", 3),
 }
-"""The options of a replace, and the name whose change makes the new chain the one that counts."""
+"""The options of a replace, the name whose change makes the new chain the one that counts, and of
+how many calls one is chosen to kill after."""
 
 
 @pytest.mark.parametrize("way", list(WAYS))
 def test_killed_after_every_step_the_chain_is_the_old_or_the_new_one(
     way: str, tmp_path: Path
 ) -> None:
-    options, name = WAYS[way]
-    ended: list[str] = []
+    options, name, stride = WAYS[way]
+    found_new: dict[int, bool] = {}
     calls: list[str] = []
-    for number in range(1, MOST_CALLS):
+    for number in range(1, MOST_CALLS, stride):
         directory = tmp_path / str(number) / "disk"
         directory.mkdir(parents=True)
         play = kill_one(directory, make_chain(directory), options, number)
-        new = (directory / "new.hds").exists()
-        ended.append("old" if new and names(directory)[1] == "top.hds" else "new")
+        renamed = not (directory / "new.hds").exists()
+        found_new[number] = renamed or names(directory)[1] == "new.hds"
         shutil.rmtree(directory.parent)
         if play.finished:
             calls = play.calls
             break
     told = "\n".join(calls)
-    assert calls, f"the replace makes more than {MOST_CALLS} calls?"
-    assert len(calls) > 6, f"too few calls were seen:\n{told}"
-    turn = ended.index("new")
-    assert 0 < turn < len(ended), ended
-    assert ended == ["old"] * turn + ["new"] * (len(ended) - turn), ended
-    assert calls[turn].startswith("rename"), told
-    assert f'/{name}")' in calls[turn], told
+    assert len(calls) > 6, f"too few calls were seen, or more than {MOST_CALLS}:\n{told}"
+    turns = [index for index, call in enumerate(calls, 1) if f'/{name}")' in call]
+    assert len(turns) == 1, told
+    assert calls[turns[0] - 1].startswith("rename"), told
+    assert found_new == {number: number >= turns[0] for number in found_new}, told
