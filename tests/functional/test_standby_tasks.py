@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.functional, pytest.mark.timeout(120)]
 ABORT_TASK, ABORT_TASK_SET, CLEAR_TASK_SET, UNIT_RESET, WARM_RESET, COLD_RESET = 1, 2, 4, 5, 6, 7
 BUSY = 0x08
 COMPLETE = 0
+AT_ONCE = 5.0
+"""Seconds on a machine that does much else; parked requests wait for 20."""
 BLOCK = 4096
 COUNT = 8
 BEFORE, PARKED, AFTER = bytes([1]) * BLOCK, bytes([2]) * BLOCK, bytes([3]) * BLOCK
@@ -98,7 +100,7 @@ def test_aborted_parked_writes_are_answered_for_at_once_and_never_land(
         for victim in tags if function == ABORT_TASK else tags[:1]:
             answer, seconds = timed(initiator, initiator.task_management(function, victim))
             assert answer.status == COMPLETE
-            assert seconds < 1.0
+            assert seconds < AT_ONCE
         assert parked(server) == 0
         tag = initiator.write(0, AFTER)
         wait_until_polled(server, initiator, 1)
@@ -130,7 +132,7 @@ def test_a_reset_drops_what_is_parked_and_every_nexus_is_told(
         wait_until_polled(server, other, COUNT + 2)
         answer, seconds = timed(initiator, initiator.task_management(function))
         assert answer.status == COMPLETE
-        assert seconds < 1.0
+        assert seconds < AT_ONCE
         assert parked(server) == 0
         leave(server)
         for session in (initiator, other):
@@ -185,9 +187,9 @@ def test_a_session_that_ends_takes_what_it_has_parked_with_it(
         initiator.close()
     with Initiator(server.url, name=name, isid=initiator.isid) as again:
         wait_until_parked(server, 0)
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < AT_ONCE
         again.settle()  # TEST UNIT READY is answered in standby
-        again.wait(again.nop(), 1.0)
+        again.wait(again.nop(), AT_ONCE)
         leave(server)
         untouched(again)
         again.good(again.write(0, AFTER))
@@ -210,7 +212,7 @@ def test_parked_commands_are_busy_after_park_max_and_never_land(
             answers |= {answer.tag: answer.status for answer in initiator.poll(10)}
             assert time.monotonic() - began < 20
         assert answers == dict.fromkeys(tags, BUSY)
-        assert 1.4 < time.monotonic() - began < 3.0
+        assert 1.4 < time.monotonic() - began < 1.5 + AT_ONCE
         leave(server)
         untouched(initiator)
         for index in range(COUNT):  # what an initiator does with BUSY
@@ -245,7 +247,7 @@ def test_a_target_that_stops_executes_nothing_of_what_is_parked(
         park_writes(server, initiator)
         began = time.monotonic()
         assert server.stop() == 8, "the exit code tells of requests that were not executed"
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 30
         assert "not executed" in server.stderr
     assert oracles.in_use_word(image) == 0
     with ServeProcess(image, directory=tmp_path) as second, Initiator(second.url) as initiator:
@@ -278,7 +280,7 @@ def test_a_target_that_stops_in_standby_leaves_an_image_that_opens_again(
                 storage.clear()
             began = time.monotonic()
             assert server.stop(timeout=40) == 8
-            assert time.monotonic() - began < 30
+            assert time.monotonic() - began < 40
         storage.clear()
         assert oracles.in_use_word(disk) != 0
         with ServeProcess(storage.mountpoint / "disk.hds", directory=tmp_path) as second:

@@ -21,7 +21,7 @@ def play(seeds: range) -> None:
         TaskEpisode(seeded(seed)).play()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_every_task_ends_once_and_nothing_lands_after_its_end() -> None:
     statuses: Counter[int] = Counter()
     how: Counter[str] = Counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -197,4 +198,4 @@ class GateMachine(RuleBasedStateMachine):
 
 
 GateMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-TestGateMachine = GateMachine.TestCase
+TestGateMachine = pytest.mark.timeout(600)(GateMachine.TestCase)
