@@ -32,6 +32,10 @@ _NO, _LATER, _NOW = -1, 0, 1
 BURST = 16
 """READs answered before what is there is sent: the initiator works on it meanwhile."""
 
+ENOUGH = 128 << 10
+"""Bytes in the arena that are sent before more is read: what was read is still in the processor's
+cache then, and the initiator copies it while the next is read."""
+
 _unpack = REQUEST.unpack_from
 _pack = RESPONSE.pack_into
 
@@ -76,7 +80,8 @@ class FastPath:
             if itl is None or tag == RESERVED_TAG:
                 break
             plain = flags & _ATTRIBUTE_BIT
-            if not left or tx.op + 48 + (expected if plain == _READ else 0) > tx.size:
+            op = tx.op
+            if not left or op > ENOUGH or op + 48 + (expected if plain == _READ else 0) > tx.size:
                 full = tx.pending > 0
                 break
             end = position + 48
