@@ -234,7 +234,10 @@ class Chapter:
         path = self.chain.glob(target)
         if self.lossy:
             self.storage.cache(self.chain.glob("*"))
-        self.storage.fail(path, *operations, errno=plan.errno, range=where, **plan.when)
+        # A cache is lost in the moment of the failure, and nothing of the file works afterwards:
+        # a storage that acknowledged an fsync for what it has lost could not be made up for.
+        when = {"stick": True, "lose": True} if self.lossy else plan.when
+        self.storage.fail(path, *operations, errno=plan.errno, range=where, **when)
         # Only now may the load go where clusters are still to be copied.
         self._aim(self._window(place - 1), self._window(place))
         operator = self.operator
@@ -245,8 +248,6 @@ class Chapter:
             until(lambda: operator.details().parked_requests == self.load.depth, time.sleep)
         before = operator.details()
         assert before.standby == "on", "only a replace leaves standby"
-        if self.lossy:
-            self.storage.lose(self.chain.glob("*"))
         if plan.way == "same path" or target != self.chain.top:
             self.storage.clear()
         copy = None if plan.way == "same path" else f"top-{plan.number}.hds"

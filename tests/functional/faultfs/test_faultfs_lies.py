@@ -114,6 +114,20 @@ def test_errors_stick_until_the_old_descriptor_is_closed(storage: FaultFs) -> No
     os.close(newest)
 
 
+def test_a_cache_that_is_lost_in_the_moment_of_the_failure(storage: FaultFs) -> None:
+    """Nothing works any more, reading neither, until the old descriptor is closed."""
+    old = opened(storage, "file")
+    storage.cache("file")
+    os.pwrite(old, b"lost", 0)
+    storage.fail("file", "write", errno=errno.EIO, count=1, stick=True, lose=True)
+    refused(errno.EIO, lambda: os.pwrite(old, b"x", 100))
+    refused(errno.EIO, lambda: os.pread(old, 1, 0))
+    refused(errno.EIO, lambda: os.fsync(old))
+    refused(errno.EIO, lambda: os.close(old))
+    wait_for(lambda: storage.report()["stuck"] == {})
+    assert (storage.mountpoint / "file").read_bytes()[:4] == b"oooo"
+
+
 def test_a_dead_mount_and_its_return(storage: FaultFs) -> None:
     descriptor = opened(storage, "file")
     storage.hang("file", "read")

@@ -19,7 +19,8 @@ OPERATIONS are names with commas between them, or `*`.  WHEN: `skip=N` (not the 
 images `range=header|bat|data|cluster:N` (the N-th cluster of the disk, where it is now).
 
 `stick`: the error sticks to the inode: write, truncate, fsync and close answer it through every
-descriptor until the last one that was open then is closed.  `lose`: what is not synced is dropped.
+descriptor until the last one that was open then is closed.  `lose`: what is not synced is dropped;
+with `stick`, reading fails until then, too.
 
 Commands: `clear [RULE|PATH]` drops rules, `release [RULE|PATH]` lets go what hangs, `lose [PATH]
 [keep=SHARE] [seed=N]` drops what is not synced, `sync [PATH]` writes it, `dead [ERRNO]` makes

@@ -74,7 +74,8 @@ class Faults:
         self.seen[operation.name] += 1
         self.require_alive()
         node = operation.node
-        if node is not None and node.stuck and operation.name in STICKY:
+        sticky = operation.name in STICKY or (operation.name == "read" and node and node.lost)
+        if node is not None and node.stuck and sticky:
             raise OSError(node.stuck, "sticks to the inode")
         active = self._find(operation)
         if active is None:
@@ -93,7 +94,7 @@ class Faults:
             node.unsynced.forget()
         if rule.errno:
             if rule.stick and node is not None:
-                node.stick(rule.errno)
+                node.stick(rule.errno, lost=rule.lose)
             raise OSError(rule.errno, rule.text)
         return rule
 

@@ -28,7 +28,8 @@ class Node:
     """One file or directory, with all its names relative to the source.
 
     `stuck` is the errno that every writing operation answers until the last of `culprits` (the
-    handles that were open when it happened) is closed.
+    handles that were open when it happened) is closed.  `lost`: reading answers it, too, because
+    what was cached is gone.
     """
 
     number: int
@@ -37,27 +38,30 @@ class Node:
     handles: set[Handle] = field(default_factory=set)
     unsynced: Unsynced = field(default_factory=Unsynced)
     stuck: int = 0
+    lost: bool = False
     culprits: set[Handle] = field(default_factory=set)
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self.paths))
 
-    def stick(self, number: int) -> None:
+    def stick(self, number: int, *, lost: bool) -> None:
         if not self.stuck:
             self.culprits = set(self.handles)
         if self.culprits:
             self.stuck = number
+            self.lost |= lost
 
     def unstick(self) -> None:
         self.stuck = 0
+        self.lost = False
         self.culprits.clear()
 
     def closed(self, handle: Handle) -> None:
         self.handles.discard(handle)
         self.culprits.discard(handle)
         if not self.culprits:
-            self.stuck = 0
+            self.unstick()
 
 
 class NodeTable:
