@@ -25,7 +25,7 @@ def describe_holder(fd: int, byte: int | None) -> str | None:
         pid = _holder(line.split(), wanted, byte)
         if pid is not None and pid > 0:
             return _named(pid)
-    pid = _holder_by_descriptor(status, wanted, byte, fd)
+    pid = _holder_by_descriptor(wanted, byte, fd)
     return None if pid is None else _named(pid)
 
 
@@ -41,25 +41,18 @@ def _holder(fields: list[str], wanted: str, byte: int | None) -> int | None:
     return int(pid)
 
 
-def _holder_by_descriptor(
-    status: os.stat_result, wanted: str, byte: int | None, own_fd: int
-) -> int | None:
-    own_pid = os.getpid()
+def _holder_by_descriptor(wanted: str, byte: int | None, own_fd: int) -> int | None:
+    """Looks only at what the kernel tells of the descriptors: a file that is asked itself, on a
+    dead storage, may never answer."""
+    own = (os.getpid(), own_fd)
     for process in _numbered(_PROC):
-        for descriptor in _numbered(process / "fd"):
-            try:
-                found = descriptor.stat()
-            except OSError:
+        for descriptor in _numbered(process / "fdinfo"):
+            if (int(process.name), int(descriptor.name)) == own:
                 continue
-            if (found.st_dev, found.st_ino) != (status.st_dev, status.st_ino):
-                continue
-            pid = int(process.name)
-            if pid == own_pid and int(descriptor.name) == own_fd:
-                continue
-            for line in _lines(process / "fdinfo" / descriptor.name):
+            for line in _lines(descriptor):
                 label, _, rest = line.partition("\t")
                 if label == "lock:" and _holder(rest.split(), wanted, byte) is not None:
-                    return pid
+                    return int(process.name)
     return None
 
 

@@ -210,3 +210,19 @@ def test_a_reading_qemu_keeps_writers_out(image: Path) -> None:
             pass
         with locked(image, "base"):
             pass
+
+
+def test_whoever_is_named_no_file_of_others_is_asked(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of other processes may lie on a storage that never answers a stat."""
+    stat = os.stat
+
+    def watched(path: str | Path, **options: bool) -> os.stat_result:
+        assert not str(path).startswith("/proc/"), f"{path} was asked"
+        return stat(path, **options)
+
+    with locked(image, "writer"):
+        monkeypatch.setattr(os, "stat", watched)
+        with pytest.raises(LockedError, match="in use by this process"), locked(image, "writer"):
+            pass
