@@ -245,6 +245,19 @@ def read_chap_files(paths: Sequence[str | os.PathLike[str]]) -> ChapConfig | Non
     return chap
 
 
+def credentials_directory() -> str | None:
+    """Where the service manager has put this process's credentials (systemd.exec(5))."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY", "")
+    return os.path.normpath(directory) if os.path.isabs(directory) else None
+
+
+def _is_credential(path: str | os.PathLike[str]) -> bool:
+    """Nobody else comes into that directory, whatever the modes of the files say: systemd lets the
+    service read root's file by an ACL, which shows as the group's right."""
+    directory = credentials_directory()
+    return directory is not None and os.path.dirname(os.path.normpath(path)) == directory
+
+
 def _read_chap_file(path: str | os.PathLike[str]) -> _ChapFile:
     content = _read_private(path)
     # Not chained: the parsers' messages may quote the line, and the secret in it.
@@ -278,7 +291,7 @@ def _read_private(path: str | os.PathLike[str]) -> bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError("is not a regular file", path=path)
-        if status.st_mode & 0o077:
+        if status.st_mode & 0o077 and not _is_credential(path):
             raise DeniedError(
                 "holds a secret, and others can read or write it",
                 path=path,

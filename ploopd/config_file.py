@@ -2,8 +2,8 @@
 
 `/etc/ploopd/ploopd.toml` and the files of `ploopd.d` beside it, in the order of their names.  Each
 file is checked by itself, so that an error names the file that has it.  What a later file says in
-`[daemon]`, `[iscsi]` and `[defaults]` takes the place of what an earlier one said, key by key;
-`[[device]]` entries are added, their LUNs count on.
+`[daemon]`, `[iscsi]`, `[lio]` and `[defaults]` takes the place of what an earlier one said, key by
+key; `[[device]]` entries are added, their LUNs count on.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ploopd.config import (
     ConfigError,
     DeviceConfig,
     ServeConfig,
+    credentials_directory,
     default_iqn,
     parse_portal,
     read_chap_files,
@@ -35,7 +36,8 @@ from ploopd.units import parse_size
 
 DEFAULT_PATH: Final = Path("/etc/ploopd/ploopd.toml")
 _MAX_FILE: Final = 1 << 20
-_SECTIONS: Final = ("daemon", "iscsi", "defaults", "device")
+_SECTIONS: Final = ("daemon", "iscsi", "lio", "defaults", "device")
+_CREDENTIAL: Final = "credential:"
 _ERRNOS: Final = {name: number for number, name in errno.errorcode.items()}
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -57,7 +59,6 @@ class _Section(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class _Daemon(_Section):
     control: str | UnsetType = UNSET
     sysfs: str | UnsetType = UNSET
-    lio: bool | UnsetType = UNSET
     log_level: LogLevel | UnsetType = UNSET
 
 
@@ -67,6 +68,10 @@ class _Iscsi(_Section):
     acl: list[str] | UnsetType = UNSET
     chap_files: list[str] | UnsetType = UNSET
     insecure: bool | UnsetType = UNSET
+
+
+class _Lio(_Section):
+    serve: bool | UnsetType = UNSET
 
 
 class _Defaults(_Section):
@@ -129,6 +134,7 @@ class _Merged:
 
     daemon: dict[str, tuple[Any, _Origin]] = field(default_factory=dict)
     iscsi: dict[str, tuple[Any, _Origin]] = field(default_factory=dict)
+    lio: dict[str, tuple[Any, _Origin]] = field(default_factory=dict)
     defaults: dict[str, tuple[Any, _Origin]] = field(default_factory=dict)
     devices: list[tuple[_Origin, dict[str, tuple[Any, _Origin]]]] = field(default_factory=list)
 
@@ -144,15 +150,17 @@ def load_config(path: str | os.PathLike[str] = DEFAULT_PATH) -> RunConfig:
     merged = _Merged()
     for file in files:
         _merge(merged, file)
-    lio = "lio" in merged.daemon and merged.daemon["lio"][0]
+    lio = "serve" in merged.lio and merged.lio["serve"][0]
     if not merged.devices and not lio:
         raise ConfigError(
-            "names no device", path=main, hint='add [[device]] with image = "/path/to/image"'
+            "names no device",
+            path=main,
+            hint='add [[device]] with image = "/path/to/image", or [lio] with serve = true',
         )
     return RunConfig(
         serve=ServeConfig(
             devices=_devices(merged),
-            iscsi=_iscsi(merged.iscsi, main),
+            iscsi=_iscsi(merged.iscsi, main, listen=not lio),
             control=_path_of(merged.daemon, "control"),
             sysfs=_path_of(merged.daemon, "sysfs"),
             lio=lio,
@@ -197,7 +205,9 @@ def _merge(merged: _Merged, path: Path) -> None:
             raise _Origin(path=path, text=text, table="").error(
                 f"there is no such table or key: {name}",
                 None,
-                hint=_nearest(name, _SECTIONS, "[daemon], [iscsi], [defaults] and [[device]]"),
+                hint=_nearest(
+                    name, _SECTIONS, "[daemon], [iscsi], [lio], [defaults] and [[device]]"
+                ),
             )
 
     def origin(table: str) -> _Origin:
@@ -206,6 +216,7 @@ def _merge(merged: _Merged, path: Path) -> None:
     for name, kind, into in (
         ("daemon", _Daemon, merged.daemon),
         ("iscsi", _Iscsi, merged.iscsi),
+        ("lio", _Lio, merged.lio),
         ("defaults", _Defaults, merged.defaults),
     ):
         into.update(_values(content.get(name, {}), kind, origin(name)))
@@ -270,13 +281,13 @@ def _checked(key: str, value: Any, origin: _Origin) -> Any:
         return Path(_absolute(key, value, origin))
     if key == "image":
         return _absolute(key, value, origin)
-    if key in ("candidates", "chap_files"):
+    if key == "candidates":
         return tuple(_absolute(key, one, origin) for one in value)
+    if key == "chap_files":
+        return tuple(_secret_file(key, one, origin) for one in value)
     if key == "recovery_command":
         if value:
             _absolute(key, value[0], origin)
-        return tuple(value)
-    if key == "acl":
         return tuple(value)
     if key == "extra_standby_errnos":
         return tuple(_errno(key, one, origin) for one in value)
@@ -289,13 +300,27 @@ def _checked(key: str, value: Any, origin: _Origin) -> Any:
             raise origin.error(error.message, key, value, hint=error.hint) from error
     if key == "portals":
         return tuple(_portal(key, one, origin) for one in value)
-    return value
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _absolute(key: str, value: str, origin: _Origin) -> str:
     if not os.path.isabs(value):
         raise origin.error("is not an absolute path", key, value, hint="begin it with /")
     return os.path.normpath(value)
+
+
+def _secret_file(key: str, value: str, origin: _Origin) -> str:
+    """A path, or `credential:NAME`: what the service manager has been told to load."""
+    if not value.startswith(_CREDENTIAL):
+        return _absolute(key, value, origin)
+    name = value.removeprefix(_CREDENTIAL)
+    if not name or "/" in name or name.startswith("."):
+        raise origin.error("is not the name of a credential", key, value)
+    directory = credentials_directory()
+    if directory is None:
+        hint = f"give the unit LoadCredential={name}:/path/to/file, or set CREDENTIALS_DIRECTORY"
+        raise origin.error("the service manager gave no credentials", key, value, hint=hint)
+    return os.path.join(directory, name)
 
 
 def _errno(key: str, name: str, origin: _Origin) -> int:
@@ -363,18 +388,21 @@ def _device_error(
     return place.error(message, key, error.value, hint=error.hint)
 
 
-def _iscsi(values: Mapping[str, tuple[Any, _Origin]], main: Path) -> IscsiConfig:
+def _iscsi(values: Mapping[str, tuple[Any, _Origin]], main: Path, *, listen: bool) -> IscsiConfig:
+    """The embedded target.  Unless it is told where, it listens only if `listen`: where the
+    kernel's target is in use, that has the port."""
+
     def get(key: str, otherwise: Any) -> Any:
         return values[key][0] if key in values else otherwise
 
     iscsi = IscsiConfig(
-        portals=get("portals", (Portal(),)),
+        portals=get("portals", (Portal(),) if listen else ()),
         iqn=get("iqn", default_iqn()),
         chap=read_chap_files(get("chap_files", ())),
         acl=get("acl", None),
         insecure=get("insecure", False),
     )
-    if not iscsi.portals:
+    if listen and not iscsi.portals:
         raise values["portals"][1].error("names no portal", "portals", [])
     try:
         iscsi.check()

@@ -34,10 +34,13 @@ def run_daemon(config: ServeConfig, log_level: str, ready: Ready) -> None:
 
 
 def print_exports(exports: list[Export], _control_path: Path) -> None:
-    """Print the line of each LUN on stdout: from now on it can be used."""
+    """Print the line of each LUN on stdout: from now on it can be used.
+
+    It begins with the device's name where the embedded target listens nowhere.
+    """
     lines = [
-        f"{export.url}  {one_line(export.image)}  {format_size_exact(export.size)}\n"
-        for export in exports
+        f"{one.url or one.device}  {one_line(one.image)}  {format_size_exact(one.size)}\n"
+        for one in exports
     ]
     try:
         sys.stdout.write("".join(lines))

@@ -103,13 +103,23 @@ def test_a_device_alone_is_enough(load: Load) -> None:
 
 def test_the_kernels_target_needs_no_device(load: Load) -> None:
     loaded = load(
-        '[daemon]\nlio = true\n[defaults]\ncache = "none"\nrecovery = "command"\n'
+        '[lio]\nserve = true\n[defaults]\ncache = "none"\nrecovery = "command"\n'
         'recovery_command = ["/x"]\n'
     )
     assert loaded.serve.lio
     assert loaded.serve.devices == ()
     assert loaded.serve.backstores.cache == "none"
     assert loaded.serve.backstores.recovery == "manual"
+    assert loaded.serve.iscsi.portals == ()  # LIO has the port
+
+
+def test_the_embedded_target_listens_beside_the_kernels_where_it_is_told(load: Load) -> None:
+    loaded = load('[lio]\nserve = true\n[iscsi]\nportals = ["127.0.0.1:3261"]\n')
+    assert loaded.serve.iscsi.portals == (Portal(port=3261),)
+    assert load("[lio]\nserve = true\n[iscsi]\nportals = []\n").serve.iscsi.portals == ()
+    off = load(DEVICE, x="[lio]\nserve = false\n")
+    assert not off.serve.lio
+    assert off.serve.iscsi.portals == (Portal(),)
 
 
 def test_drop_ins_are_read_in_the_order_of_their_names(load: Load, tmp_path: Path) -> None:
@@ -148,6 +158,11 @@ BAD = [
     ('[[device]]\nimage = "a"\n', r"line 2: is not an absolute path .*device 1.image = 'a'"),
     ("[[device]]\nimage = 7\n", r"line 2: expected `str`, got `int` .*image = 7"),
     (DEVICE + 'imgae = "/b"\n', r"line 3: .*no such key: imgae .*did you mean image\?"),
+    ("[lio]\nserve = false\n", "names no device.*serve = true"),
+    (DEVICE + "[lio]\nserve = 1\n", "line 4: expected `bool`, got `int` .*lio.serve"),
+    (DEVICE + "[lio]\nserves = true\n", r"line 4: .*did you mean serve\?"),
+    (DEVICE + '[iscsi]\nchap_files = ["credential:"]\n', "line 4: is not the name of a cred"),
+    (DEVICE + '[iscsi]\nchap_files = ["credential:../x"]\n', "line 4: is not the name of a cred"),
     (DEVICE + "[demon]\n", r"no such table or key: demon.*did you mean daemon\?"),
     (DEVICE + '[daemon]\nlog_level = "loud"\n', r"line 4: .*daemon.log_level = 'loud'"),
     (DEVICE + '[iscsi]\ninsecure = "yes"\n', "expected `bool`"),
@@ -225,12 +240,36 @@ def test_chap_files_are_read_and_must_be_private(load: Load, tmp_path: Path) -> 
         load(text)
 
 
+def test_a_credential_is_what_the_service_manager_has_loaded(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f'{DEVICE}[iscsi]\nchap_files = ["credential:alice"]\n'
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    with pytest.raises(ConfigError, match=r"gave no credentials.*LoadCredential=alice:"):
+        load(text)
+    credentials = tmp_path / "credentials"
+    credentials.mkdir()
+    account = credentials / "alice"
+    account.write_text('user = "alice"\nsecret = "correct horse battery"\n')
+    account.chmod(0o440)  # as an ACL for the service's user looks
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(credentials))
+    found = load(text).serve.iscsi.chap
+    assert found is not None
+    assert found.accounts[0].user == "alice"
+    with pytest.raises(NotFoundError, match="credentials/bob"):
+        load(text.replace("alice", "bob"))
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "others"))
+    with pytest.raises(DeniedError, match="others can read"):
+        load(text.replace("credential:alice", str(account)))
+
+
 def test_the_example_can_be_used(tmp_path: Path) -> None:
     loaded = load_config(ROOT / "systemd/ploopd.toml")
     check_config(loaded)
     text = (ROOT / "systemd/ploopd.toml").read_text()
     keys = set(re.findall(r"^#? ?([a-z_]+) = ", text, re.MULTILINE))
-    for section in (config_file._Daemon, config_file._Iscsi, config_file._Device):
+    sections = (config_file._Daemon, config_file._Iscsi, config_file._Lio, config_file._Device)
+    for section in sections:
         for key in section.__struct_fields__:
             assert key in keys, f"{key} is not in the example"
     # What is commented out is right, too.
@@ -255,6 +294,7 @@ def test_the_manual_has_every_key_and_no_other() -> None:
     for heading, section in (
         ("[daemon]", config_file._Daemon),
         ("[iscsi]", config_file._Iscsi),
+        ("[lio]", config_file._Lio),
         ("[[device]] and [defaults]", config_file._Device),
     ):
         text = manual.split(f"## {heading}\n")[1].split("\n## ")[0]
