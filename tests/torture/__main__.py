@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     programmes = find()
     options = _parser(programmes).parse_args(arguments)
     try:
-        ledger = Ledger(options.ledger) if options.ledger else Ledger()
+        ledger = Ledger(options.ledger)
         if options.report:
             report.write(ledger, programmes)
             print(report.render(ledger, programmes))

@@ -78,11 +78,11 @@ class Entry:
 class Ledger:
     """The file and its entries.  Several runs may use it at once: each saves only its own."""
 
-    def __init__(self, path: Path = LEDGER, recorded: Path = RECORDED) -> None:
-        self.path = path
-        self.recorded = recorded
-        self.entries = {each.key: each for each in _load(recorded)}
-        self.entries |= {each.key: each for each in _load(path)}
+    def __init__(self, path: Path | None = None, recorded: Path | None = None) -> None:
+        self.path = path or LEDGER
+        self.recorded = recorded or RECORDED
+        self.entries = {each.key: each for each in _load(self.recorded)}
+        self.entries |= {each.key: each for each in _load(self.path)}
         self._mine: dict[tuple[str, str, str], Entry] = {}
 
     def of(self, programme: str) -> list[Entry]:
