@@ -48,6 +48,7 @@ class Model:
         self.waiting = 0
         self.latched = False
         self.full = False
+        self.exhausted = 0
         self.faulted = False
         self.delivering = 0
         self.expiring = False
@@ -86,6 +87,7 @@ class Model:
         if event.kind is EventKind.SPACE_EXHAUSTED:
             assert not self.full, "a full storage is said twice"
             self.full = True
+            self.exhausted += 1
         elif event.kind is EventKind.SPACE_RETURNED:
             assert self.full, "room has returned to a storage that was not full"
             self.full = False
