@@ -45,6 +45,7 @@ class Sums(ModuleType):
 def sums(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Sums:
     programme = Sums()
     monkeypatch.setattr(runner, "find", lambda: {"sums": programme})
+    monkeypatch.setattr(ledgers, "RECORDED", tmp_path / "none")
     monkeypatch.setattr(
         ledgers, "now", iter(f"2026-01-01 00:{n:02}:00" for n in range(60)).__next__
     )
