@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,33 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.conftest import IN_GUEST
+from tests.kernel.guest import kernel_target
+from tests.kernel.guest.run import sh, wait_until
 from tests.support.serve import ServedUrl
 
+ROOT = Path(__file__).resolve().parents[3]
 INITIATOR_NAME = "iqn.2026-01.org.ploopd:guest"
-
-
-def sh(*command: str | Path, timeout: float = 90, check: bool = True) -> str:
-    """Run a command; its output is in the error message when it fails."""
-    result = subprocess.run(
-        [str(word) for word in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    if check and result.returncode:
-        line = " ".join(str(word) for word in command)
-        raise AssertionError(f"{line}: exit code {result.returncode}\n{result.stdout}")
-    return result.stdout
-
-
-def wait_until(condition: object, what: str, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    assert callable(condition)
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.05)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,3 +89,46 @@ def mountpoint() -> Iterator[Path]:
     if directory.is_mount():
         sh("umount", directory, check=False)
     directory.rmdir()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_hangs() -> Iterator[None]:
+    """At the end of the guest's life no process is in uninterruptible sleep."""
+    yield
+    if IN_GUEST:
+        kernel_target.assert_nothing_is_stuck()
+
+
+@pytest.fixture(scope="session")
+def lio() -> None:
+    """The kernel's target is loaded, and Debian's targetcli is there."""
+    if not IN_GUEST:
+        pytest.skip("changes the machine it runs on, which is to be the guest: make kernel")
+    kernel_target.require_tools()
+    kernel_target.start_kernel_target()
+
+
+@pytest.fixture
+def kernel(lio: None) -> Iterator[None]:
+    """The kernel's target, empty, and nothing of it left afterwards."""
+    yield
+    kernel_target.clear()
+    kernel_target.assert_nothing_is_stuck()
+
+
+@pytest.fixture(scope="session")
+def bus(lio: None) -> Iterator[None]:
+    """The system bus, with ploopd's policy and nobody else's."""
+    policies = Path("/usr/share/dbus-1/system.d")
+    for directory in (policies, Path("/etc/dbus-1/system.d")):
+        if directory.is_dir():
+            sh("mount", "-t", "tmpfs", "policies", directory)
+    policies.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "systemd/ploopd-dbus.conf", policies / "ploopd.conf")
+    Path("/run/dbus").mkdir(exist_ok=True)
+    sh("dbus-uuidgen", "--ensure")
+    daemon = subprocess.Popen(["dbus-daemon", "--system", "--nofork", "--nopidfile"])
+    wait_until(Path("/run/dbus/system_bus_socket").exists, "the system bus")
+    yield
+    daemon.terminate()
+    daemon.wait(20)

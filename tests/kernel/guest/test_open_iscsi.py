@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.guest.conftest import OpenIscsi, sh, wait_until
+from tests.kernel.guest.conftest import OpenIscsi
+from tests.kernel.guest.run import sh, wait_until
 from tests.support import images, oracles
 from tests.support.images import MIB
 from tests.support.serve import ServeProcess

@@ -1,0 +1,122 @@
+"""The kernel's target in the guest, with Debian's own tools: rtslib's targetctl and targetcli."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.guest.run import sh, wait_until
+from tests.support.serve import ServeProcess
+
+CONFIGFS = Path("/sys/kernel/config/target")
+SAVED = Path("/etc/rtslib-fb-target/saveconfig.json")
+MEMORY = Path("/var/lib/ploopd/lio.json")
+TOOLS = {"targetcli": "targetcli-fb", "dbus-daemon": "dbus", "gdbus": "libglib2.0-bin"}
+MODULES = ("target_core_user", "tcm_loop", "iscsi_target_mod", "sd_mod")
+
+
+def require_tools() -> None:
+    missing = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"not installed: apt-get install {' '.join(missing)}")
+
+
+def start_kernel_target() -> None:
+    """Load the modules, as a machine with target.service does at its start."""
+    sh("modprobe", "configfs")
+    if not Path("/sys/kernel/config").is_mount():
+        sh("mount", "-t", "configfs", "configfs", "/sys/kernel/config")
+    sh("modprobe", "target_core_mod")
+    SAVED.parent.mkdir(exist_ok=True)
+    (CONFIGFS / "dbroot").write_text(f"{SAVED.parent}\n")
+    sh("modprobe", "-a", *MODULES)
+
+
+def serve(*images: Path, directory: Path, options: tuple[str, ...] = ()) -> ServeProcess:
+    """A daemon that is the handler of user:ploop; the kernel's target has port 3260."""
+    return ServeProcess(*images, directory=directory, options=("--lio", "on", *options))
+
+
+def targetcli(*words: str, check: bool = True) -> str:
+    """One command of Debian's targetcli; it exits with 0 even where it says that it failed."""
+    text = sh("targetcli", *words, check=check, timeout=60)
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def loop_disk(backstore: str, wwn: str = "naa.5001405000000001") -> Path:
+    """Link a backstore into tcm_loop: a disk of this machine without iSCSI."""
+    targetcli("/loopback", "create", wwn)
+    targetcli(f"/loopback/{wwn}/luns", "create", f"/backstores/user:ploop/{backstore}")
+    return wait_for_loop_disk()
+
+
+def wait_for_loop_disk() -> Path:
+    found: list[str] = []
+
+    def there() -> bool:
+        found[:] = [
+            block.name
+            for block in Path("/sys/block").iterdir()
+            if "tcm_loop" in os.path.realpath(block)
+        ]
+        return bool(found) and Path("/dev", found[0]).exists()
+
+    wait_until(there, "the disk of tcm_loop")
+    return Path("/dev", found[0])
+
+
+def backstores() -> list[str]:
+    """The names of all backstores that the kernel has."""
+    return sorted(each.name for each in (CONFIGFS / "core").glob("user_*/*") if each.is_dir())
+
+
+def targets() -> list[str]:
+    """The names of the iSCSI targets that the kernel has."""
+    iscsi = CONFIGFS / "iscsi"
+    return sorted(each.name for each in iscsi.glob("iqn.*")) if iscsi.is_dir() else []
+
+
+def clear() -> None:
+    """Take everything away that a test has left in the kernel."""
+    sh("/usr/bin/targetctl", "clear", timeout=60)
+    SAVED.unlink(missing_ok=True)
+    MEMORY.unlink(missing_ok=True)
+
+
+def stuck_processes() -> list[str]:
+    """Processes in uninterruptible sleep: `PID COMM`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                text = (entry / "stat").read_text()
+            except OSError:
+                continue
+            name, _, rest = text.partition(" (")[2].rpartition(") ")
+            if rest.startswith("D"):
+                found.append(f"{entry.name} {name}")
+    return found
+
+
+def assert_nothing_is_stuck(seconds: float = 10) -> None:
+    """Nothing stays in state D: a process may be there for the time of an I/O."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        before = set(stuck_processes())
+        if not before:
+            return
+        time.sleep(0.2)
+    stacks = {each: _stack(each) for each in stuck_processes()}
+    assert not stacks, stacks
+
+
+def _stack(process: str) -> str:
+    try:
+        return Path("/proc", process.split()[0], "stack").read_text()
+    except OSError as error:
+        return os.strerror(error.errno or 0)

@@ -1,0 +1,31 @@
+"""Running commands in the guest, and waiting."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+
+
+def sh(*command: str | Path, timeout: float = 90, check: bool = True) -> str:
+    """Run a command; its output is in the error message when it fails."""
+    result = subprocess.run(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    if check and result.returncode:
+        line = " ".join(str(word) for word in command)
+        raise AssertionError(f"{line}: exit code {result.returncode}\n{result.stdout}")
+    return result.stdout
+
+
+def wait_until(condition: object, what: str, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    assert callable(condition)
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.05)
