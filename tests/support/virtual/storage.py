@@ -267,7 +267,7 @@ class StoredDisk:
     def finish(self, run: Run, number: int, effect: int) -> None:
         """End a run with an errno (0: success); `effect`: how much of a failed one happens."""
         self.outstanding.remove(run)
-        if number == 0:
+        if number == 0 and not run.void:
             run.command.lost = False
         self.apply(run.command, ALL if number == 0 else effect, late=run.void)
         self.story.delivers(run, number)
