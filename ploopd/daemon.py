@@ -20,6 +20,7 @@ import trio
 
 from ploopd import __version__
 from ploopd.config import DeviceConfig, ServeConfig
+from ploopd.config_text import config_text
 from ploopd.control import messages
 from ploopd.control.automation import Automation, RecoveryPolicy
 from ploopd.control.context import ControlContext
@@ -320,6 +321,7 @@ class _Daemon:
             event_log=self.event_log,
             automation=self.automation,
             lio=self.exports,
+            config_text=self._config_text,
         )
         info = messages.ServiceInfo(
             vendor="ploopd",
@@ -329,6 +331,10 @@ class _Daemon:
             interfaces=[SERVICE_INTERFACE, messages.INTERFACE],
         )
         return ControlServer(all_operations(context), info)
+
+    def _config_text(self) -> str:
+        devices = [(device.name, device.image) for device in self.devices]
+        return config_text(self.config, devices, listens=bool(self.portals))
 
     def _urls(self, name: str) -> list[str]:
         """Where initiators find the device called `name`."""

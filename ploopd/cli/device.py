@@ -78,10 +78,11 @@ def show(control: Path | None, device: str, output: str, timeout: float) -> None
     if output == "json":
         echo_json(details)
         return
-    _echo_details(details)
+    echo_fields(detail_fields(details))
 
 
-def _echo_details(details: DeviceDetails) -> None:
+def detail_fields(details: DeviceDetails) -> list[tuple[str, str]]:
+    """What `device show` prints: names and values."""
     version = f"ploop v{details.format_version}" if details.format_version else "raw"
     fields = [
         ("name", details.name),
@@ -106,7 +107,7 @@ def _echo_details(details: DeviceDetails) -> None:
     fields += [("url", url) for url in details.urls]
     fields += [(f"layer {one.level}", f"{one.path} ({one.kind})") for one in details.layers]
     fields += [("note", note) for note in details.notes]
-    echo_fields(fields)
+    return fields
 
 
 def _journal(journal: JournalDetails) -> str:

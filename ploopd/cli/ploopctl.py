@@ -16,6 +16,7 @@ _COMMANDS = {
     "lio": ("ploopd.cli.lio:lio", "Devices as LUNs of the kernel's own iSCSI target."),
     "events": ("ploopd.cli.events:events", "What happened to the devices, and what happens."),
     "info": ("ploopd.cli.info:info", "Version, portals and uptime of a running daemon."),
+    "shell": ("ploopd.cli.shell:shell", "The daemon as a tree, as targetcli has it."),
     "completion": ("ploopd.cli.completion:completion", "Print a shell's completion script."),
 }
 

@@ -20,7 +20,8 @@ class ControlContext:
 
     `urls(device)` are the URLs of a device; `started` is on the devices' clock.
     `event_log` has what happened to them, `automation` recovers them.
-    `lio` exports them through the kernel's target, if this daemon serves that.
+    `config_text()` is the configuration as it is now, as TOML.  `lio` exports them through the
+    kernel's target, if this daemon serves that.
     """
 
     devices: DeviceTable
@@ -32,6 +33,7 @@ class ControlContext:
     event_log: EventLog
     automation: Automation
     lio: LioExports | None = None
+    config_text: Callable[[], str] = str
 
     def find(self, name: str) -> Device:
         """The device called `name`.  Raises `NotFoundError`, which proposes the nearest name."""

@@ -281,6 +281,12 @@ class DaemonInfo(Message, frozen=True, kw_only=True):
     devices: int
 
 
+class ConfigText(Message, frozen=True, kw_only=True):
+    """The daemon's configuration as it is now, as a file for `ploopd run`."""
+
+    toml: str
+
+
 class ServiceInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The reply of `org.varlink.service.GetInfo`."""
 
@@ -316,6 +322,12 @@ class Method:
 
 GET_INFO = Method(
     name="GetInfo", parameters=Empty, reply=DaemonInfo, help="Version and portals of the daemon."
+)
+GET_CONFIG = Method(
+    name="GetConfig",
+    parameters=Empty,
+    reply=ConfigText,
+    help="The configuration as it is now, as a file for `ploopd run`.",
 )
 LIST_DEVICES = Method(
     name="ListDevices",
@@ -409,6 +421,7 @@ LIO_RESTORE = Method(
 
 METHODS: tuple[Method, ...] = (
     GET_INFO,
+    GET_CONFIG,
     LIST_DEVICES,
     SHOW_DEVICE,
     REPLACE_DEVICE,

@@ -70,7 +70,7 @@ class Countdown:
 
 
 def abort_all(tasks: Iterable[Task], done: Callable[[], None]) -> None:
-    """Abort tasks; `done` when the last one has ended.  Those of no nexus are not SCSI's to abort."""
+    """Abort tasks; `done` when the last one has ended.  Those of no nexus are not ours to abort."""
     victims = [task for task in tasks if task.itl is not None]
     ended = Countdown(len(victims), done)
     # The youngest first: an abort lets the tasks start that waited for it.

@@ -1,4 +1,4 @@
-"""GetInfo."""
+"""GetInfo, GetConfig."""
 
 from __future__ import annotations
 
@@ -22,4 +22,10 @@ def operations(context: ControlContext) -> list[Operation]:
             devices=len(context.devices),
         )
 
-    return [Operation(method=messages.GET_INFO, handler=get_info)]
+    async def get_config(_parameters: messages.Empty, _send: Send) -> messages.ConfigText:
+        return messages.ConfigText(toml=context.config_text())
+
+    return [
+        Operation(method=messages.GET_INFO, handler=get_info),
+        Operation(method=messages.GET_CONFIG, handler=get_config),
+    ]
