@@ -35,6 +35,14 @@ class BusyRanges:
     def add(self, request: Change) -> None:
         """A change has begun."""
         self.count += 1
+        first = request.offset >> _SHIFT
+        if first == request.offset + request.length - 1 >> _SHIFT:  # nearly always
+            found = self._granules.get(first)
+            if found is None:
+                self._granules[first] = [request]
+            else:
+                found.append(request)
+            return
         granules = _granules(request.offset, request.length)
         if len(granules) > _WIDE:
             self._wide.append(request)
@@ -45,22 +53,33 @@ class BusyRanges:
     def remove(self, request: Change) -> None:
         """It has ended."""
         self.count -= 1
+        first = request.offset >> _SHIFT
+        if first == request.offset + request.length - 1 >> _SHIFT:
+            self._take_out(first, request)
+            return
         granules = _granules(request.offset, request.length)
         if len(granules) > _WIDE:
             self._wide.remove(request)
             return
         for granule in granules:
-            requests = self._granules[granule]
-            if len(requests) == 1:
-                del self._granules[granule]
-            else:
-                requests.remove(request)
+            self._take_out(granule, request)
+
+    def _take_out(self, granule: int, request: Change) -> None:
+        requests = self._granules[granule]
+        if len(requests) == 1:
+            del self._granules[granule]
+        else:
+            requests.remove(request)
 
     def overlaps(self, offset: int, length: int) -> bool:
         """Whether a change in execution touches the range."""
         if self._wide and _touches(self._wide, offset, length):
             return True
         table = self._granules
+        first = offset >> _SHIFT
+        if first == offset + length - 1 >> _SHIFT:
+            requests = table.get(first)
+            return requests is not None and _touches(requests, offset, length)
         granules = _granules(offset, length)
         if len(granules) > len(table):
             return any(_touches(requests, offset, length) for requests in table.values())
