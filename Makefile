@@ -7,6 +7,8 @@
 #   make torture       the long programmes of RELIABILITY.md, as far as they are not done [TORTURE_ARGS=…]
 #   make demo-standby  a minute to watch, a disk outlives its storage [DEMO_ARGS=…]
 #   make bench         ploopd, tgtd and qemu-storage-daemon side by side
+#   make install       the program, its units, manual and completion into PREFIX=/usr/local [DESTDIR=…];
+#                      make install-data only what is not the program, make uninstall the opposite
 #   make setup         the virtual environment for all of them; make clean removes it
 
 SHELL := /bin/bash
@@ -21,9 +23,13 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 TORTURE_ARGS ?=
+# The program's optional parts; without fuse no compiler is needed.
+EXTRAS ?= fuse,lio,dbus,shell
+INSTALL = DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' SYSCONFDIR='$(SYSCONFDIR)' LOCALSTATEDIR='$(LOCALSTATEDIR)' \
+	BINDIR='$(BINDIR)' EXTRAS='$(EXTRAS)' PYTHON='$(PYTHON)' tools/install
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test kernel check torture demo-standby bench clean
+.PHONY: help setup run test kernel check torture demo-standby bench clean install install-data uninstall
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -54,6 +60,16 @@ demo-standby: $(VENV)/.stamp-demo
 
 bench: $(VENV)/.stamp-bench
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+install:
+	PYTHON='$(PYTHON)' tools/packages install $(if $(findstring fuse,$(EXTRAS)),view)
+	@$(INSTALL) program data activate
+
+install-data:
+	@$(INSTALL) data
+
+uninstall:
+	@$(INSTALL) uninstall
 
 clean:
 	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
