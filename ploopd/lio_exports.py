@@ -6,6 +6,8 @@ down, so that it can be made again, and so that only what was made here is ever 
 
 from __future__ import annotations
 
+import ipaddress
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +31,8 @@ KERNEL_SECONDS = 30.0
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 
 class Export(msgspec.Struct, frozen=True, kw_only=True):
     """What was asked for, and what came of it; see `ExportRequest` and `Exported`.
@@ -42,6 +46,7 @@ class Export(msgspec.Struct, frozen=True, kw_only=True):
     portals: list[tuple[str, int]]
     acl: list[str]
     chap_file: str | None = None
+    insecure: bool = False
     made: list[str] = []
     backstore_made: bool = True
 
@@ -71,8 +76,10 @@ class LioExports:
         acl: list[str],
         chap_file: str | None,
         lun: int | None,
+        insecure: bool = False,
     ) -> Export:
-        """Export `device` as a LUN of the target `iqn`.
+        """Export `device` as a LUN of the target `iqn`; `insecure`: even if that lets everybody on
+        the network in.
 
         Raises PloopError; nothing of it is left in the kernel then.
         """
@@ -81,7 +88,7 @@ class LioExports:
             for each in exports:
                 if (each.device, each.iqn) == (device.name, iqn.lower()):
                     raise BusyError("is exported there already", field="device", value=device.name)
-            request = await self._request(device, iqn, portals, acl, chap_file, lun)
+            request = await self._request(device, iqn, portals, acl, chap_file, lun, insecure)
             exported, made = await self._make(request)
             export = Export(
                 device=device.name,
@@ -90,10 +97,15 @@ class LioExports:
                 portals=list(request.portals),
                 acl=list(request.acl),
                 chap_file=chap_file,
+                insecure=insecure,
                 made=list(exported.made),
                 backstore_made=made,
             )
-            await self._in_thread(partial(self._save, [*exports, export]), f"writing {self._state}")
+            try:
+                await self._remember([*exports, export])
+            except PloopError:
+                await self._undo(export)
+                raise
             return export
 
     async def unexport(self, device: str, iqn: str | None) -> list[Export]:
@@ -119,31 +131,46 @@ class LioExports:
                 await self._in_thread(
                     partial(self._delete_backstore, device), f"deleting the backstore {device}"
                 )
-            await self._in_thread(partial(self._save, left), f"writing {self._state}")
+            await self._remember(left)
             return gone
 
     async def restore(self) -> list[tuple[Export, PloopError | None]]:
         """Make again what was exported and is not there; what came of each."""
         results: list[tuple[Export, PloopError | None]] = []
         async with self._changing:
-            for export in await self._in_thread(self._load, "reading what is exported"):
+            exports = await self._in_thread(self._load, "reading what is exported")
+            for number, export in enumerate(exports):
                 try:
-                    await self._restore(export)
+                    exports[number] = await self._restore(export)
                     results.append((export, None))
                 except PloopError as error:
                     results.append((export, error))
+            if exports != [export for export, _ in results]:
+                await self._remember(exports)
         return results
 
-    async def _restore(self, export: Export) -> None:
+    async def _restore(self, export: Export) -> Export:
+        """The export as it is now: what others had made may have been made here this time."""
         device = self._table.get(export.device)
         here = await self._in_thread(lambda: Lio().backstores(), "looking at the kernel's target")
         luns = {lun for each in here if each.name == device.name for lun in each.luns}
         if f"{export.iqn}/{export.lun}" in luns:
-            return
+            return export
         request = await self._request(
-            device, export.iqn, export.portals, export.acl, export.chap_file, export.lun
+            device,
+            export.iqn,
+            export.portals,
+            export.acl,
+            export.chap_file,
+            export.lun,
+            export.insecure,
         )
-        await self._make(request)
+        exported, made = await self._make(request)
+        return msgspec.structs.replace(
+            export,
+            made=sorted({*export.made, *exported.made}),
+            backstore_made=export.backstore_made or made,
+        )
 
     async def show(self) -> tuple[list[Export], list[Backstore]]:
         """What was exported here, and every backstore of our kind that the kernel has."""
@@ -171,7 +198,10 @@ class LioExports:
         acl: list[str],
         chap_file: str | None,
         lun: int | None,
+        insecure: bool,
     ) -> ExportRequest:
+        for address, port in portals:
+            _require_address(address, port)
         chap = None
         if chap_file is not None:
             chap = await self._in_thread(partial(_read_chap, chap_file), f"reading {chap_file}")
@@ -185,6 +215,7 @@ class LioExports:
             lun=lun,
             acl=tuple(name.lower() for name in acl),
             chap=chap,
+            insecure=insecure,
         )
 
     async def _make(self, request: ExportRequest) -> tuple[Exported, bool]:
@@ -198,12 +229,27 @@ class LioExports:
             )
         except BaseException:
             if made:
-                with trio.CancelScope(shield=True):
-                    await self._in_thread(
-                        lambda: Lio().delete_backstore(request.backstore), f"undoing: {what}"
-                    )
+                await self._quietly(
+                    partial(self._delete_backstore, request.backstore), f"undoing: {what}"
+                )
             raise
         return exported, made
+
+    async def _undo(self, export: Export) -> None:
+        """It could not be remembered, so it must not be there."""
+        await self._quietly(partial(self._unmake, export), f"undoing: exporting {export.device}")
+        if export.backstore_made:
+            await self._quietly(
+                partial(self._delete_backstore, export.device), f"undoing: {export.device}"
+            )
+
+    async def _quietly(self, blocking: Callable[[], None], what: str) -> None:
+        """Undo as far as possible: the first error is what is told, the log has the others."""
+        with trio.CancelScope(shield=True):
+            try:
+                await self._in_thread(blocking, what)
+            except PloopError as error:
+                log.error("event=lio-undo error=%r", str(error))  # noqa: TRY400
 
     @staticmethod
     def _unmake(export: Export) -> None:
@@ -222,6 +268,9 @@ class LioExports:
         lio = Lio()
         if any(each.name == name for each in lio.backstores()):
             lio.delete_backstore(name)
+
+    async def _remember(self, exports: list[Export]) -> None:
+        await self._in_thread(partial(self._save, exports), f"writing {self._state}")
 
     async def _in_thread(self, blocking: Callable[[], T], what: str) -> T:
         try:
@@ -266,6 +315,18 @@ class LioExports:
             os.replace(new, self._state)
         except OSError as error:
             raise PloopError(f"cannot be written: {error.strerror}", path=self._state) from error
+
+
+def _require_address(address: str, port: int) -> None:
+    """The kernel resolves no names."""
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        raise UsageError(
+            "is not an IP address, which the kernel's target needs", field="portal", value=address
+        ) from None
+    if port == 0:
+        raise UsageError("has no port", field="portal", value=f"{address}:0")
 
 
 def _read_chap(path: str) -> Chap:

@@ -34,6 +34,7 @@ def operations(context: ControlContext) -> list[Operation]:
             acl=parameters.acl,
             chap_file=parameters.chap_file,
             lun=parameters.lun,
+            insecure=parameters.insecure,
         )
         return messages.LioReply(exports=[_message(made)])
 

@@ -10,8 +10,10 @@ only, and loses only those.  `Exported.made` remembers what was ours.
 from __future__ import annotations
 
 import contextlib
-import logging
+import errno
+import ipaddress
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ploopd.errors import (
     BusyError,
     DeniedError,
+    ExitCode,
     NotFoundError,
     PloopError,
     UnsupportedError,
@@ -38,7 +41,8 @@ HW_MAX_SECTORS = 8192
 COMMAND_WINDOW = 128
 PORTAL_GROUP = 1
 
-log = logging.getLogger(__name__)
+DATABASES = ("/etc/rtslib-fb-target", "/etc/target")
+"""Debian's and everybody else's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +59,8 @@ class Chap:
 class ExportRequest:
     """How a device is exported: `backstore` is its name in the kernel, `size` in bytes, `serial`
     the unit serial number.  `lun` None takes the first free one.  `acl`: initiator names; empty for
-    all.  `portals`: (address, port)."""
+    all.  `portals`: (address, port), at which a target is to be reached.  `insecure`: also where
+    everybody on the network may log in."""
 
     backstore: str
     config: str
@@ -66,6 +71,7 @@ class ExportRequest:
     lun: int | None = None
     acl: tuple[str, ...] = ()
     chap: Chap | None = None
+    insecure: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,10 +115,16 @@ class Lio:
         if os.geteuid() != 0:
             raise DeniedError("only root may change the kernel's target")
         self._rtslib: Any = rtslib_fb
+
+        class Root(rtslib_fb.RTSRoot):  # type: ignore[misc]  # rtslib has no types
+            @property
+            def _preferred_dbroot(self) -> str:
+                return _database(self._dbroot)
+
         unusable = "the kernel's target (LIO) is not to be had here"
         with self._errors(unusable), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._root = rtslib_fb.RTSRoot()
+            self._root = Root()
 
     # -- backstores ------------------------------------------------------------------------
 
@@ -133,7 +145,8 @@ class Lio:
     def create_backstore(self, request: ExportRequest) -> bool:
         """Make the backstore, which the handler then finds; False if there is one for the same
         device already.  Raises BusyError if another one has the name."""
-        existing = self._find(request.backstore)
+        with self._errors("the kernel's backstores cannot be listed"):
+            existing = self._find(request.backstore)
         config = f"{SUBTYPE}/{request.config}"
         if existing is not None:
             if existing.plugin == "user" and existing.config == config:
@@ -199,7 +212,8 @@ class Lio:
             lun = self._lun(request, tpg, undo)
             self._access(request, tpg, lun, made, undo)
             self._portals(request, tpg, made, undo)
-            tpg.enable = True
+            if "target" in made:
+                tpg.enable = True
             undo.pop_all()
         return Exported(
             backstore=request.backstore,
@@ -214,21 +228,21 @@ class Lio:
     ) -> tuple[Target, TPG]:
         rtslib = self._rtslib
         fabric = rtslib.FabricModule("iscsi")
-        known = {each.wwn for each in fabric.targets} if fabric.exists else set()
-        target = rtslib.Target(fabric, request.iqn)
-        if target.wwn not in known:
-            made.append("target")
-            undo.callback(self._quietly, target.delete)
-        tpg = rtslib.TPG(target, PORTAL_GROUP)
-        if "target" in made:
-            tpg.set_attribute("default_cmdsn_depth", COMMAND_WINDOW)
-            demo = not request.acl
-            tpg.set_attribute("generate_node_acls", int(demo))
-            tpg.set_attribute("cache_dynamic_acls", int(demo))
-            tpg.set_attribute("demo_mode_write_protect", 0)
-            tpg.set_attribute("authentication", int(request.chap is not None))
-            if request.chap is not None and demo:
-                _set_chap(tpg, request.chap)
+        target = self._target(request.iqn)
+        if target is not None:
+            return target, _others_portal_group(target, request)
+        target = rtslib.Target(fabric, request.iqn, mode="create")
+        made.append("target")
+        undo.callback(self._quietly, target.delete)
+        tpg = rtslib.TPG(target, PORTAL_GROUP, mode="create")
+        tpg.set_attribute("default_cmdsn_depth", COMMAND_WINDOW)
+        demo = not request.acl
+        tpg.set_attribute("generate_node_acls", int(demo))
+        tpg.set_attribute("cache_dynamic_acls", int(demo))
+        tpg.set_attribute("demo_mode_write_protect", 0)
+        tpg.set_attribute("authentication", int(request.chap is not None))
+        if request.chap is not None and demo:
+            _set_chap(tpg, request.chap)
         return target, tpg
 
     def _lun(self, request: ExportRequest, tpg: TPG, undo: ExitStack) -> LUN:
@@ -250,14 +264,22 @@ class Lio:
     def _access(
         self, request: ExportRequest, tpg: TPG, lun: LUN, made: list[str], undo: ExitStack
     ) -> None:
-        known = {acl.node_wwn for acl in tpg.node_acls}
-        for name in request.acl:
-            acl = self._rtslib.NodeACL(tpg, name)
-            if acl.node_wwn not in known:
+        known = {acl.node_wwn: acl for acl in tpg.node_acls}
+        # As targetcli does: a new LUN of a target with ACLs is for all who may log in.
+        for name in request.acl or (() if _lets_everybody_in(tpg) else tuple(known)):
+            acl = known.get(name)
+            if acl is None:
+                acl = self._rtslib.NodeACL(tpg, name, mode="create")
                 made.append(f"acl {acl.node_wwn}")
                 undo.callback(self._quietly, acl.delete)
                 if request.chap is not None:
                     _set_chap(acl, request.chap)
+            elif request.chap is not None and acl.chap_userid != request.chap.user:
+                raise BusyError(
+                    f"has the CHAP account {acl.chap_userid or 'of nobody'} already",
+                    field="acl",
+                    value=name,
+                )
             if all(mapped.tpg_lun.lun != lun.lun for mapped in acl.mapped_luns):
                 self._rtslib.MappedLUN(acl, lun.lun, lun)
 
@@ -319,19 +341,80 @@ class Lio:
         except PloopError:
             raise
         except self._rtslib.RTSLibError as error:
-            raise _translated(what, str(error)) from error
+            raise _translated(what, error) from error
         except OSError as error:
-            raise PloopError(f"{what}: {error.strerror or error}") from error
+            raise _translated(what, error) from error
 
 
-def _translated(what: str, text: str) -> PloopError:
+def _translated(what: str, error: Exception) -> PloopError:
+    text = str(error)
+    number = re.search(r"\[Errno (\d+)\]", text)
+    code = int(number[1]) if number else getattr(error, "errno", None)
+    if code in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
+        return PloopError(
+            f"{what}: {os.strerror(code)}",
+            hint="`ss -ltnp` tells who listens where; --portal takes another address",
+            exit_code=ExitCode.ADDRESS_IN_USE,
+        )
+    if code is not None:
+        return PloopError(f"{what}: {os.strerror(code)}", hint="see dmesg for the kernel's reason")
     if "not valid" in text:
         return UsageError(f"{what}: {text}", hint="an IQN is like iqn.2026-01.org.example:disk")
-    if "ConfigFS" in text or "configFS" in text or "configfs" in text or "module" in text.lower():
+    if re.search("configfs|module", text, re.IGNORECASE):
         return UnsupportedError(
             f"{what}: {text}", hint="modprobe target_core_user iscsi_target_mod"
         )
     return PloopError(f"{what}: {text}")
+
+
+def _database(now: str) -> str:
+    """Where the kernel's target keeps what reservations and ALUA must not forget.  rtslib insists
+    on a directory, Debian's on another one than the original; whichever is in use may stay."""
+    if now in DATABASES:
+        return now
+    return next((each for each in DATABASES if os.path.isdir(each)), now)
+
+
+def _lets_everybody_in(tpg: TPG) -> bool:
+    return bool(tpg.get_attribute("generate_node_acls") == "1")
+
+
+def _others_portal_group(target: Target, request: ExportRequest) -> TPG:
+    """The portal group of a target that exists, if what is asked for agrees with how it is.
+
+    Raises BusyError: nothing of it is changed, and nobody is let in whom the caller keeps out.
+    """
+
+    def refused(what: str, hint: str) -> BusyError:
+        return BusyError(f"the target exists and {what}", field="iqn", value=target.wwn, hint=hint)
+
+    tpg = next((each for each in target.tpgs if each.tag == PORTAL_GROUP), None)
+    if tpg is None:
+        raise refused("has no portal group 1", "export to another --iqn")
+    if not tpg.enable:
+        raise refused("is disabled", f"targetcli /iscsi/{target.wwn}/tpg1 enable")
+    everybody = _lets_everybody_in(tpg)
+    asks = tpg.get_attribute("authentication") == "1"
+    if request.acl and everybody:
+        raise refused("lets every initiator in", "export to another --iqn, or without --acl")
+    if request.chap is not None and not asks:
+        raise refused("asks nobody for CHAP", "export to another --iqn, or without --chap-file")
+    if request.chap is not None and not request.acl:
+        raise refused(
+            "has its own CHAP accounts", "give --acl, too, or leave --chap-file out to use them"
+        )
+    if not (everybody or request.acl or list(tpg.node_acls)):
+        raise refused("lets no initiator in", "give --acl")
+    open_to_all = everybody and not asks and not request.insecure
+    if open_to_all and any(not _is_loopback(each.ip_address) for each in tpg.network_portals):
+        raise refused(
+            "lets everybody on the network in", "export to another --iqn, or say --insecure"
+        )
+    return tpg
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.strip("[]")).is_loopback
 
 
 def _set_chap(where: TPG | NodeACL, chap: Chap) -> None:
