@@ -24,6 +24,7 @@ from ploopd.fileio.polling import WINDOW, AdaptivePoll
 from ploopd.frontends.iscsi.config import IscsiConfig, Portal, format_address
 from ploopd.frontends.iscsi.connection import Connection, TargetNode
 from ploopd.scsi.target import Target
+from ploopd.sleeper import Sleeper
 
 logger = logging.getLogger(__name__)
 
@@ -53,37 +54,6 @@ class Storage(Protocol):
     def kick(self) -> None: ...
 
 
-class _Parked:
-    """A task that sleeps until `wake`: cheaper than an event, and it can be used again."""
-
-    __slots__ = ("_pending", "_task")
-
-    def __init__(self) -> None:
-        self._task: trio.lowlevel.Task | None = None
-        self._pending = False
-
-    def wake(self) -> None:
-        """Let the task run; remembered if it is not asleep."""
-        task, self._task = self._task, None
-        if task is None:
-            self._pending = True
-        else:
-            trio.lowlevel.reschedule(task)
-
-    async def sleep(self) -> None:
-        if self._pending:
-            self._pending = False
-            await trio.lowlevel.checkpoint()
-            return
-
-        def abort(_: object) -> trio.lowlevel.Abort:
-            self._task = None
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        self._task = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(abort)
-
-
 class _Link:
     """One accepted socket and the engine behind it."""
 
@@ -95,8 +65,8 @@ class _Link:
         self.clock = clock
         self.engine: Connection
         self.blocked = False
-        self.writable = _Parked()
-        self.room = _Parked()
+        self.writable = Sleeper()
+        self.room = Sleeper()
         self.scope = trio.CancelScope()
 
     def flush(self) -> None:
@@ -155,7 +125,7 @@ class IscsiServer:
         self._listeners: list[socket.socket] = []
         self._links: dict[Connection, _Link] = {}
         self._dirty: dict[Connection, None] = {}
-        self._flusher = _Parked()
+        self._flusher = Sleeper()
         self._empty: trio.Event | None = None
         self._listening: trio.CancelScope | None = None
         self._serving: trio.CancelScope | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,7 @@ from ploopd.frontends.tcmu.restart import RestartNotes
 from ploopd.frontends.tcmu.ring import Ring, RingError
 from ploopd.frontends.tcmu.uio import Kernel, SharedMemory, UioDevice
 from ploopd.scsi.logical_unit import LogicalUnit
+from ploopd.sleeper import Sleeper
 
 CONFIGFS_SECONDS = 10.0
 """For one access to configfs; the kernel may never come back from one."""
@@ -24,6 +26,9 @@ GIVE_BACK_SECONDS = 2.0
 """For commands in execution to end after the others have been given back."""
 
 log = logging.getLogger(__name__)
+
+RESTORE_SECONDS = 1.0
+"""For `targetctl restore` to write a new device's attributes."""
 
 T = TypeVar("T")
 
@@ -54,8 +59,8 @@ class Attachment:
     """`uio` served by `device`.
 
     `start` raises a PloopError when that cannot be; then `serve` runs until the kernel removes the
-    device, `stop` or cancellation.  `ended` is set when nothing of it is open any more;
-    `waits_for_replies`: the kernel wants netlink events of this device to be answered.
+    device, `stop` or cancellation.  `ended` is set when nothing of it is open any more, `settled`
+    when none of its commands is in execution any more, either.
     """
 
     def __init__(
@@ -69,14 +74,15 @@ class Attachment:
         self.uio = uio
         self.device = device
         self.ended = trio.Event()
-        self.waits_for_replies = True
+        self.settled = trio.Event()
+        self._new = True
         self._kernel = kernel
         self._notes = notes
         self._limiter = limiter
         self._taking = trio.CancelScope()
         self._grace: float | None = None
         self._idle = trio.Event()
-        self._token = trio.lowlevel.current_trio_token()
+        self._teller = Sleeper()
         self._file: SharedMemory
         self._handler: Handler
 
@@ -110,13 +116,11 @@ class Attachment:
                 value=int(told),
                 hint=f"create the backstore with size={self.device.size}",
             )
-        self.waits_for_replies = kernel.attribute(uio, "nl_reply_supported") == "1"
         file = kernel.open(uio)
         # The kernel must not give up a command that is parked: it would still be executed.  Not
         # possible while a LUN exports the device, which is so after a restart, when it was done.
-        if kernel.attribute(uio, "cmd_time_out") != "0" and not kernel.set_attribute(
-            uio, "cmd_time_out", 0
-        ):
+        self._new = kernel.attribute(uio, "cmd_time_out") != "0"
+        if self._new and not kernel.set_attribute(uio, "cmd_time_out", 0):
             log.warning("event=tcmu-timeout device=%s note='cmd_time_out stays'", uio)
         kernel.set_attribute(uio, "tmr_notification", 1)
         return file
@@ -138,9 +142,13 @@ class Attachment:
                     "the kernel's ring is not usable", field="device", value=str(self.uio)
                 )
         assert ring is not None
-        self._handler = Handler(ring, self.device.unit, self.device.name, self._answered)
-        if reset:
+        # Always: whoever was here before may have died between blocking and this.
+        try:
             await self._in_thread(partial(self._kernel.action, self.uio, "block_dev", 0))
+        except BaseException:
+            ring.close()
+            raise
+        self._handler = Handler(ring, self.device.unit, self.device.name, self._teller.wake)
 
     def _open_ring(self) -> Ring | None:
         """The ring, or None if what is there makes no sense."""
@@ -168,40 +176,76 @@ class Attachment:
             limiter=self._limiter,
         )
 
+    async def agree_on_write_cache(self) -> None:
+        """Let the kernel's `emulate_write_cache`, which is 0 in the beginning, say what the disk
+        does; of a device that was served before, or is being restored, it says what was wanted.
+        """
+        kernel, uio, modes = self._kernel, self.uio, self.device.unit.modes
+        with trio.move_on_after(RESTORE_SECONDS):  # let a restore write what it has
+            await self.ended.wait()
+            return
+
+        def agree() -> bool | None:
+            value = kernel.attribute(uio, "emulate_write_cache")
+            if value is None or value == str(int(modes.write_cache)):
+                return None
+            if self._new:
+                kernel.set_attribute(uio, "emulate_write_cache", int(modes.write_cache))
+                return None
+            return value == "1"
+
+        with contextlib.suppress(PloopError):
+            wanted = await self._in_thread(agree)
+            if wanted is not None and not self.ended.is_set():
+                modes.write_cache = wanted
+                self.device.unit.modes_changed(None)
+
     # -- serving ---------------------------------------------------------------------------
 
     async def serve(self) -> None:
         """Serve until removed or stopped; lets go of everything.  Raises PloopError for a ring that
         cannot be understood any more."""
         try:
-            with self._taking:
-                await self._take()
-            if self._grace is not None:
-                with trio.CancelScope(shield=True):
-                    await self._drain(self._grace)
-        except RingError as error:
-            raise PloopError(
-                f"the kernel's ring is broken: {error}", field="device", value=str(self.uio)
-            ) from error
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._tell)
+                with self._taking:
+                    await self._take()
+                if self._grace is not None and self._handler.broken is None:
+                    with trio.CancelScope(shield=True):
+                        await self._drain(self._grace)
+                nursery.cancel_scope.cancel()
         finally:
             self._close()
+        broken = self._handler.broken
+        if broken is not None:
+            raise PloopError(
+                f"the kernel's ring is broken: {broken}", field="device", value=str(self.uio)
+            ) from broken
 
     async def _take(self) -> None:
         handler, file = self._handler, self._file
+        file.tell()  # of answers whose giver died before it could
         while True:
             if handler.process():
                 file.tell()
+            if handler.broken is not None:
+                return
+            if handler.more:
+                await trio.lowlevel.checkpoint()  # it is the turn of others
+                continue
             await trio.lowlevel.wait_readable(file.fileno())
             if not file.acknowledge():
                 return  # the device was removed
 
-    def _answered(self) -> None:
-        self._token.run_sync_soon(self._tell, idempotent=True)
-
-    def _tell(self) -> None:
-        if not self.ended.is_set():
+    async def _tell(self) -> None:
+        """Tell the kernel of answers that were given outside of `_take`, of many at once."""
+        handler = self._handler
+        while True:
+            await self._teller.sleep()
             self._file.tell()
-            if not self._handler.busy:
+            if handler.broken is not None:
+                self._taking.cancel()
+            if not handler.busy:
                 self._idle.set()
 
     def stop(self, grace: float | None) -> None:
@@ -232,9 +276,9 @@ class Attachment:
                 await self._idle.wait()
 
     def _close(self) -> None:
-        self.ended.set()
         self._file.tell()
         self.device.unbind()
-        self._handler.close()
+        self._handler.close(self.settled.set)
         trio.lowlevel.notify_closing(self._file.fileno())
         self._file.close()
+        self.ended.set()

@@ -14,12 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from ploopd.frontends.tcmu.ring import FLAG_READ_LENGTH, Command, Ring, TaskManagement
+from ploopd.frontends.tcmu.ring import FLAG_READ_LENGTH, Command, Ring, RingError, TaskManagement
 from ploopd.scsi.logical_unit import LogicalUnit
 from ploopd.scsi.nexus import ItlNexus
 from ploopd.scsi.target import Target
 from ploopd.scsi.task import Direction, Status, Task
 from ploopd.scsi.unit_attention import UnitAttention
+
+BATCH: Final = 128
+"""Entries of one ring that are worked on before others get their turn."""
 
 _LUN_RESET: Final = 5
 """The first of TCMU's task management functions that resets; the higher ones do as well."""
@@ -34,7 +37,8 @@ class Handler:
     """Serves `unit` through `ring`.
 
     `on_answer` is called when an answer was put into the ring outside of `process`: the kernel has
-    to be told soon, once for all answers until then.
+    to be told soon, once for all answers until then.  `more`: there are entries that the last
+    `process` has not come to.  `broken` is what makes no sense in the ring; then it is over.
     """
 
     def __init__(
@@ -42,6 +46,8 @@ class Handler:
     ) -> None:
         self.ring = ring
         self.unit = unit
+        self.broken: RingError | None = None
+        self.more = False
         self._on_answer = on_answer
         self._target = Target(f"tcmu,{name}")
         self._target.add_unit(0, unit)
@@ -62,15 +68,13 @@ class Handler:
     # -- taking ----------------------------------------------------------------------------
 
     def process(self) -> bool:
-        """Work on everything that is in the ring; True if the kernel has to be told of answers.
-
-        Raises RingError when the ring is not what it should be; the device cannot go on then.
-        """
+        """Work on what is in the ring now, BATCH entries at most; True if the kernel has to be told
+        of answers.  Sets `broken` when the ring is not what it should be."""
         ring = self.ring
-        before = ring.tail
         self._inside = True
         try:
-            for entry in ring.take():
+            before = ring.tail
+            for entry in ring.take(BATCH):
                 if isinstance(entry, Command):
                     if not self._at_once(entry):
                         self._as_task(entry)
@@ -78,9 +82,13 @@ class Handler:
                     self._manage(entry)
             self._nexus.kick()
             ring.settle()
+            self.more = ring.waiting
+            return ring.tail != before
+        except RingError as error:
+            self.broken = error
+            return True
         finally:
             self._inside = False
-        return ring.tail != before
 
     def _at_once(self, command: Command) -> bool:
         """Do a plain READ or WRITE now, if the unit and the image allow it."""
@@ -163,9 +171,14 @@ class Handler:
     def _answer(
         self, command: Command, status: int, sense: bytes = b"", read_length: int | None = None
     ) -> None:
-        self.ring.answer(command.command_id, status, sense, read_length)
+        """Whoever ends a command could do nothing about a broken ring, so this raises nothing."""
+        try:
+            self.ring.answer(command.command_id, status, sense, read_length)
+            if not self._inside:
+                self.ring.settle()
+        except RingError as error:
+            self.broken = error
         if not self._inside:
-            self.ring.settle()
             self._on_answer()
 
     # -- the end ---------------------------------------------------------------------------
@@ -177,12 +190,13 @@ class Handler:
         for task in list(self._nexus.tasks.values()):
             self.unit.abort(task, _nothing)
 
-    def close(self) -> None:
+    def close(self, done: Callable[[], None] | None = None) -> None:
         """Leave the unit and let go of the ring.  Commands that are still in execution are
-        forgotten: their answers would have no ring to go to."""
+        forgotten: their answers would have no ring to go to.  `done` is called when the last of
+        them has ended."""
         for task in self._nexus.tasks.values():
             task.on_complete = task.on_aborted = _forgotten
-        self._nexus.close()
+        self._nexus.close(done)
         self.ring.close()
 
 

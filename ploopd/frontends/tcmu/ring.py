@@ -117,13 +117,16 @@ class Ring:
 
     # -- taking ----------------------------------------------------------------------------
 
-    def take(self) -> Iterator[Command | TaskManagement]:
-        """Every entry that has not been taken yet, in the kernel's order.
+    def take(self, most: int = 1 << 30) -> Iterator[Command | TaskManagement]:
+        """The entries that are there now and have not been taken yet, `most` at most, in the
+        kernel's order.
 
-        New ones that arrive meanwhile are included.  Raises RingError for an entry that cannot be.
+        Raises RingError for an entry that cannot be.
         """
         words = self._words
-        while self._taken != self._position(_HEAD):
+        head = self._position(_HEAD)
+        while self._taken != head and most:
+            most -= 1
             offset = self._start + self._taken
             word = words[offset >> 2]
             length = word & ~_OPCODE

@@ -14,6 +14,7 @@ import logging
 import random
 import socket
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from ploopd.errors import BusyError, ExitCode, NotFoundError, PloopError, UsageE
 from ploopd.frontends.tcmu import netlink
 from ploopd.frontends.tcmu.attachment import CONFIGFS_SECONDS, Attachment, Served
 from ploopd.frontends.tcmu.names import Reference, parse_config, parse_kernel_name
+from ploopd.frontends.tcmu.refusal import Refusal
 from ploopd.frontends.tcmu.restart import RestartNotes
 from ploopd.frontends.tcmu.uio import Kernel, UioDevice
 
@@ -73,6 +75,7 @@ class TcmuServer:
         self._ended: dict[UioDevice, trio.Event] = {}
         self._started: dict[UioDevice, trio.Event] = {}
         self._failures: dict[UioDevice, PloopError] = {}
+        self._waiting: set[UioDevice] = set()
         self._wake = trio.Event()
         self._changed = trio.Event()
         self._stopping = False
@@ -85,9 +88,10 @@ class TcmuServer:
             await self._scan(nursery)
             task_status.started()
             while True:
-                self._wake = trio.Event()
                 with trio.move_on_after(self._interval):
                     await self._wake.wait()
+                # Before looking: what comes up while it looks may be too late for this look.
+                self._wake = trio.Event()
                 await self._scan(nursery)
 
     async def wait_attached(self, backstore: str, seconds: float) -> Attachment:
@@ -140,32 +144,36 @@ class TcmuServer:
                 self._known[uio] = trio.CancelScope()
                 self._ended[uio] = trio.Event()
                 self._started[uio] = trio.Event()
-                nursery.start_soon(self._keep, uio)
+                nursery.start_soon(self._keep, uio, nursery)
         for uio, scope in tuple(self._known.items()):
             if uio not in devices and uio.name.backstore not in self.attached:
                 scope.cancel()
 
-    async def _keep(self, uio: UioDevice) -> None:
-        """Serve one device until it goes away; try again when that fails."""
+    async def _keep(self, uio: UioDevice, nursery: trio.Nursery) -> None:
+        """Serve one device until it goes away; try again when that fails, and meanwhile answer
+        what comes."""
         pause = RETRY_FIRST
         try:
             with self._known[uio]:
+                await self._learn(uio)
                 while not self._stopping:
                     try:
-                        await self._attach(uio)
+                        await self._attach(uio, nursery)
                         return
                     except PloopError as error:
                         self._failed(uio, error)
-                    await trio.sleep(pause * random.uniform(0.8, 1.2))
+                        refusal = Refusal(self._kernel, uio, error, self._notes, self._limiter)
+                    await refusal.answer(pause * random.uniform(0.8, 1.2))
                     pause = min(RETRY_MOST, pause * 2)
         finally:
             del self._known[uio]
-            del self._started[uio]
+            self._started.pop(uio).set()
             self._failures.pop(uio, None)
+            self._waiting.discard(uio)
             self._ended.pop(uio).set()
             self._wake.set()
 
-    async def _attach(self, uio: UioDevice) -> None:
+    async def _attach(self, uio: UioDevice, nursery: trio.Nursery) -> None:
         reference = parse_config(uio.name.config)
         device = await self._provider.acquire(reference)
         try:
@@ -176,10 +184,17 @@ class TcmuServer:
             self._started[uio].set()
             self._announce()
             log.info("event=tcmu-attached uio=%s device=%s", uio, device.name)
+            nursery.start_soon(attachment.agree_on_write_cache)
             try:
                 await attachment.serve()
+            except PloopError:
+                # What of it is still being executed must not happen after the kernel was told
+                # to repeat it.
+                await attachment.settled.wait()
+                raise
             finally:
-                del self.attached[uio.name.backstore]
+                if self.attached.get(uio.name.backstore) is attachment:
+                    del self.attached[uio.name.backstore]
                 log.info("event=tcmu-detached uio=%s device=%s", uio, device.name)
         finally:
             with trio.CancelScope(shield=True):
@@ -259,36 +274,41 @@ class TcmuServer:
     async def _waits_for_reply(self, uio: UioDevice, kind: netlink.EventKind) -> bool:
         """A reply that nobody waits for makes the kernel complain, one that is missing makes it
         wait for ever."""
-        attachment = self.attached.get(uio.name.backstore)
-        if attachment is not None and attachment.uio == uio:
-            return attachment.waits_for_replies
         if kind is netlink.EventKind.REMOVED:
-            return True  # its directory is locked by the very rmdir that waits
+            return uio in self._waiting  # its directory is locked by the very rmdir that waits
 
-        def ask() -> bool:
-            return self._kernel.attribute(uio, "nl_reply_supported") != "-1"
+        return await self._learn(uio)
 
+    async def _learn(self, uio: UioDevice) -> bool:
+        """Ask the kernel, and remember it for the device's removal."""
+        waits = True
         with contextlib.suppress(PloopError):
-            return await disownable(
-                ask,
+            waits = await disownable(
+                partial(self._kernel.waits_for_replies, uio),
                 deadline=CONFIGFS_SECONDS,
                 what=f"the configuration of {uio}",
                 undo=lambda _: None,
                 limiter=self._limiter,
             )
-        return True
+        if waits:
+            self._waiting.add(uio)
+        return waits
 
     async def _added(self, uio: UioDevice, event: netlink.Event) -> None:
+        await self._until_started(uio)
+        failure = self._failures.get(uio)
+        if failure is not None:
+            raise failure
+
+    async def _until_started(self, uio: UioDevice) -> None:
+        """Until it is served, or could not be."""
         self._wake.set()
         for _ in range(50):  # until the scan has found it
             started = self._started.get(uio)
             if started is not None:
                 await started.wait()
-                break
+                return
             await trio.sleep(0.02)
-        failure = self._failures.get(uio)
-        if failure is not None:
-            raise failure
 
     async def _removed(self, uio: UioDevice, event: netlink.Event) -> None:
         ended = self._ended.get(uio)
@@ -303,9 +323,12 @@ class TcmuServer:
 
     async def _reconfigured(self, uio: UioDevice, event: netlink.Event) -> None:
         """What is written again unchanged succeeds: `targetctl restore` writes everything."""
+        await self._until_started(uio)  # a restore writes as soon as it has been made
         attachment = self.attached.get(uio.name.backstore)
         if attachment is None:
-            raise NotFoundError("is not served", field="device", value=str(uio))
+            raise self._failures.get(uio) or NotFoundError(
+                "is not served", field="device", value=str(uio)
+            )
         device = attachment.device
         if event.size is not None and event.size != device.size:
             raise UsageError(

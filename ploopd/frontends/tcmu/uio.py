@@ -160,6 +160,11 @@ class Kernel:
         except OSError:
             return None
 
+    def waits_for_replies(self, device: UioDevice) -> bool:
+        """Does the kernel want netlink events of this device to be answered?  0: nobody has ever
+        promised to; -1: it was made so that nobody is asked."""
+        return self.attribute(device, "nl_reply_supported") not in ("0", "-1", None)
+
     def set_attribute(self, device: UioDevice, name: str, value: int) -> bool:
         """Write an attribute; False if the kernel does not take it."""
         return self._write(self.directory(device) / "attrib" / name, value)

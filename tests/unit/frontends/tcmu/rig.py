@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,6 +47,14 @@ class Wakeable:
 
     def tell(self) -> None:
         self.end.send(b"\0\0\0\0")
+
+    def tells(self) -> int:
+        """How often the kernel was told since the last call."""
+        count = 0
+        with contextlib.suppress(BlockingIOError):
+            while self.kernel_end.recv(4):
+                count += 1
+        return count
 
     def close(self) -> None:
         self.closed = True
