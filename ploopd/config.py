@@ -27,6 +27,7 @@ from ploopd.frontends.iscsi.config import (
     IscsiConfig,
     Portal,
 )
+from ploopd.scsi.target import MAX_LUN
 
 IQN_PREFIX = "iqn.2026-11.org.ploopd"
 DEFAULT_PARK_MAX = 20.0
@@ -51,7 +52,8 @@ class ConfigError(PloopError):
 class DeviceConfig:
     """How one image is served.
 
-    `name`: None makes one from the file name.  `physical_block_size`: bytes, what initiators are
+    `name`: None makes one from the file name.  `lun`: its number, None is the lowest that no other
+    device has.  `physical_block_size`: bytes, what initiators are
     told.  `cache` and `io`: the policy of its files.  `park_max`: seconds, None is for ever.
     `extra_standby_errnos`: numbers that put it into standby beside EBUSY, ENOTCONN and EIO.
     `image_root`: where the deltas of a descriptor may lie, None is the descriptor's own directory.
@@ -64,6 +66,7 @@ class DeviceConfig:
 
     image: str
     name: str | None = None
+    lun: int | None = None
     read_only: bool = False
     write_cache: bool = True
     physical_block_size: Literal[512, 4096] = 4096
@@ -90,6 +93,8 @@ class DeviceConfig:
                 field="name",
                 value=self.name,
             )
+        if self.lun is not None and not 0 <= self.lun <= MAX_LUN:
+            raise UsageError(f"is not between 0 and {MAX_LUN}", field="lun", value=self.lun)
         if self.park_max is not None and not 0 < self.park_max < math.inf:
             raise UsageError(
                 "is not a positive number of seconds", field="park_max", value=self.park_max
@@ -152,12 +157,15 @@ class ServeConfig:
         if not self.devices and not self.lio:
             raise UsageError("no image is named")
         self.iscsi.check()
-        names: set[str] = set()
         for device in self.devices:
             device.check()
-            if device.name is not None and device.name in names:
-                raise UsageError("two devices have that name", field="name", value=device.name)
-            names.add(device.name or "")
+        for key in ("name", "lun"):
+            values = [
+                value for device in self.devices if (value := getattr(device, key)) is not None
+            ]
+            for value in values:
+                if values.count(value) > 1:
+                    raise UsageError(f"two devices have that {key}", field=key, value=value)
         engines = {device.io for device in self.devices} & {"io_uring", "threads"}
         if len(engines) > 1:
             raise UsageError(

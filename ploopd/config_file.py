@@ -3,7 +3,7 @@
 `/etc/ploopd/ploopd.toml` and the files of `ploopd.d` beside it, in the order of their names.  Each
 file is checked by itself, so that an error names the file that has it.  What a later file says in
 `[daemon]`, `[iscsi]`, `[lio]` and `[defaults]` takes the place of what an earlier one said, key by
-key; `[[device]]` entries are added, their LUNs count on.
+key; `[[device]]` entries are added.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ class _Defaults(_Section):
 class _Device(_Defaults, kw_only=True):
     image: str
     name: str | UnsetType = UNSET
+    lun: int | UnsetType = UNSET
     candidates: list[str] | UnsetType = UNSET
 
 
@@ -345,7 +346,7 @@ def _portal(key: str, text: str, origin: _Origin) -> Portal:
 
 def _devices(merged: _Merged) -> tuple[DeviceConfig, ...]:
     devices = []
-    names: dict[str, _Origin] = {}
+    taken: dict[tuple[str, str | int], _Origin] = {}
     for origin, own in merged.devices:
         keys = {**merged.defaults, **own}
         if "recovery" in own and own["recovery"][0] != "command" and "recovery_command" not in own:
@@ -355,11 +356,12 @@ def _devices(merged: _Merged) -> tuple[DeviceConfig, ...]:
             device.check()
         except PloopError as error:
             raise _device_error(error, keys, origin) from error
-        if device.name is not None and device.name in names:
-            first = names[device.name]
-            raise origin.error(f"{first.path}: {first.table} has that name", "name", device.name)
-        if device.name is not None:
-            names[device.name] = origin
+        for key, value in (("name", device.name), ("lun", device.lun)):
+            if value is None:
+                continue
+            first = taken.setdefault((key, value), origin)
+            if first is not origin:
+                raise origin.error(f"{first.path}: {first.table} has that {key}", key, value)
         devices.append(device)
     return tuple(devices)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,32 +19,28 @@ from typing import TYPE_CHECKING
 import trio
 
 from ploopd import __version__
-from ploopd.config import DeviceConfig, ServeConfig
+from ploopd.config import ServeConfig
 from ploopd.config_text import config_text
 from ploopd.control import messages
-from ploopd.control.automation import Automation, RecoveryPolicy
+from ploopd.control.automation import Automation
 from ploopd.control.context import ControlContext
 from ploopd.control.event_log import EventLog
 from ploopd.control.handlers import all_operations
 from ploopd.control.interface import SERVICE_INTERFACE
 from ploopd.control.listener import ControlSocket, claim_control_socket
 from ploopd.control.server import ControlServer
-from ploopd.device_table import DeviceTable, device_name, unique_name
-from ploopd.devices import Device, DeviceOptions, Environment
+from ploopd.device_settings import device_luns, device_names, device_options, recovery_policy
+from ploopd.device_table import DeviceTable
+from ploopd.devices import Device, Environment
 from ploopd.errors import ExitCode, PloopError, UnsupportedError
 from ploopd.fileio.engine import IoEngine, make_engine
-from ploopd.fileio.policy import CacheMode
 from ploopd.frontends.iscsi.config import format_address
 from ploopd.frontends.iscsi.server import IscsiServer
 from ploopd.gate.events import Event, EventKind
-from ploopd.gate.filter import STANDBY_ERRNOS
-from ploopd.gate.limits import ParkLimits
 from ploopd.gate.state import GateState
 from ploopd.kernel_front_end import KernelFrontEnd
 from ploopd.lio_exports import LioExports
 from ploopd.scsi.target import Target
-from ploopd.storage.journaling import JournalMode
-from ploopd.storage.opener import OpenOptions
 from ploopd.systemd import Notifier
 from scst_shim import StandbyCheck
 
@@ -114,48 +110,6 @@ async def _running_engine(config: ServeConfig) -> AsyncIterator[IoEngine]:
                 nursery.cancel_scope.cancel()
     finally:
         engine.close()
-
-
-def device_options(config: DeviceConfig) -> DeviceOptions:
-    """What a device needs of its configuration."""
-    return DeviceOptions(
-        open=OpenOptions(
-            read_only=config.read_only,
-            cache=CacheMode(config.cache),
-            io=config.io,
-            image_root=config.image_root,
-        ),
-        write_cache=config.write_cache,
-        physical_block_size=config.physical_block_size,
-        standby=config.standby,
-        limits=ParkLimits(park_max=config.park_max),
-        standby_errnos=STANDBY_ERRNOS | set(config.extra_standby_errnos),
-        journal=JournalMode(config.journal),
-        journal_size=config.journal_size,
-    )
-
-
-def recovery_policy(config: DeviceConfig) -> RecoveryPolicy:
-    """How a device comes back from standby."""
-    return RecoveryPolicy(
-        mode=config.recovery,
-        candidates=config.candidates,
-        command=config.recovery_command or (),
-        delay=config.recovery_delay,
-        delay_max=config.recovery_delay_max,
-        timeout=config.recovery_timeout,
-    )
-
-
-def device_names(configs: Sequence[DeviceConfig]) -> list[str]:
-    """The configured name of each device, or one made from the file that no other device has."""
-    taken = {config.name for config in configs if config.name is not None}
-    names = []
-    for config in configs:
-        name = config.name or unique_name(device_name(config.image), taken)
-        taken.add(name)
-        names.append(name)
-    return names
 
 
 def make_view(devices: DeviceTable, directory: Path) -> FuseView:
@@ -287,7 +241,9 @@ class _Daemon:
         self.check.enable()  # the front ends begin: whatever they do, a device needs its EN as well
         self.fused = True
         configs = self.config.devices
-        for lun, (name, config) in enumerate(zip(device_names(configs), configs, strict=True)):
+        for name, lun, config in zip(
+            device_names(configs), device_luns(configs), configs, strict=True
+        ):
             device = await self.devices.add(config.image, device_options(config), name=name)
             self.automation.add(device, recovery_policy(config))
             self.target.add_unit(lun, device.unit)

@@ -42,7 +42,7 @@ def check(config: Path) -> None:
     """
     from ploopd.cli.render import echo_table
     from ploopd.config_file import check_config, load_config
-    from ploopd.daemon import device_names
+    from ploopd.device_settings import device_luns, device_names
 
     loaded = load_config(config)
     check_config(loaded)
@@ -50,7 +50,8 @@ def check(config: Path) -> None:
         click.echo(f"read {file}", err=True)
     devices = loaded.serve.devices
     rows = [
-        (str(lun), name, "yes" if device.read_only else "no", device.recovery, device.image)
-        for lun, (name, device) in enumerate(zip(device_names(devices), devices, strict=True))
+        (lun, str(lun), name, "yes" if one.read_only else "no", one.recovery, one.image)
+        for lun, name, one in zip(device_luns(devices), device_names(devices), devices, strict=True)
     ]
-    echo_table(("LUN", "NAME", "READ-ONLY", "RECOVERY", "IMAGE"), rows, right=frozenset({0}))
+    table = [row for _, *row in sorted(rows)]
+    echo_table(("LUN", "NAME", "READ-ONLY", "RECOVERY", "IMAGE"), table, right=frozenset({0}))

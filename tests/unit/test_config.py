@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ploopd.config import DeviceConfig, ServeConfig
-from ploopd.daemon import device_names
+from ploopd.device_settings import device_luns, device_names
 from ploopd.errors import PloopError
 from ploopd.frontends.iscsi.config import IscsiConfig
 
@@ -48,3 +48,17 @@ def test_a_configured_name_is_never_taken_by_one_that_is_made() -> None:
         DeviceConfig(image="/z/other.hds", name="disk"),
     ]
     assert device_names(configs) == ["disk-2", "disk-3", "disk"]
+
+
+def test_luns_are_the_configured_ones_and_the_lowest_others() -> None:
+    configs = [
+        DeviceConfig(image="/a"),
+        DeviceConfig(image="/b", lun=0),
+        DeviceConfig(image="/c", lun=7),
+        DeviceConfig(image="/d"),
+    ]
+    assert device_luns(configs) == [1, 0, 7, 2]
+    assert device_luns(configs[:1] + configs[3:], taken={0, 2}) == [1, 3]
+    twice = (DeviceConfig(image="/a", lun=3), DeviceConfig(image="/b", lun=3))
+    with pytest.raises(PloopError, match="two devices have that lun"):
+        ServeConfig(devices=twice, iscsi=IscsiConfig()).check()

@@ -189,6 +189,9 @@ BAD = [
     ("defaults = 7\n" + DEVICE, r"write \[defaults\]"),
     ('[defaults]\nimage = "/x"\n' + DEVICE, "no such key: image"),
     (DEVICE + 'name = "a"\n' + DEVICE + 'name = "a"\n', "device 1 has that name"),
+    (DEVICE + "lun = 2\n" + DEVICE + "lun = 2\n", r"device 1 has that lun \(device 2.lun = 2\)"),
+    (DEVICE + "lun = 16384\n", "line 3: is not between 0 and 16383"),
+    (DEVICE + 'lun = "0"\n', "line 3: expected `int`"),
     (DEVICE + 'io = "threads"\n' + DEVICE + 'io = "io_uring"\n', "one I/O engine"),
 ]
 
