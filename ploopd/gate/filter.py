@@ -11,7 +11,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Collection, Iterator
 
-from ploopd.errors import HARMLESS_ERRNOS, StorageError, UsageError
+from ploopd.errors import HARMLESS_ERRNOS, NO_ROOM, StorageError, UsageError
+from ploopd.gate.errnos import checked_errnos
 from ploopd.gate.events import Event, EventKind, Subscriber
 from ploopd.gate.lane import GateLane
 from ploopd.gate.limits import ParkLimits
@@ -79,7 +80,7 @@ class Gate:
         self._device = device
         self._clock = clock
         self._on_event = on_event
-        self._errnos = _checked_errnos(standby_errnos)
+        self._errnos = checked_errnos(standby_errnos)
         self._queue = RequestQueue(device, limits or ParkLimits(), self)
         self._busy = self._queue.busy
         self._state = GateState.ACTIVE
@@ -124,6 +125,10 @@ class Gate:
     def set_limits(self, limits: ParkLimits) -> None:
         """An operator's order: from now on these hold, for what is parked already as well."""
         self._queue.set_limits(limits)
+
+    def set_standby_errnos(self, errnos: Collection[int]) -> None:
+        """From now on these put the device into standby; see the constructor."""
+        self._errnos = checked_errnos(errnos)
 
     @property
     def parked_count(self) -> int:
@@ -421,9 +426,10 @@ class Gate:
         caller gets the error, and the device may have been latched read-only.
 
         What comes after a standby errno, from what was in execution, is the same failure: clients
-        of network storage answer EBADFD or ESTALE then.
+        of network storage answer EBADFD or ESTALE then, a local file system that has shut down
+        EROFS.
         """
-        same = self._faulted and error.errno not in HARMLESS_ERRNOS
+        same = self._faulted and error.errno not in NO_ROOM
         if not (same or error.errno in self._errnos) or not self.flags.supported:
             self._consider_latch(error)
             return False
@@ -480,17 +486,6 @@ class Gate:
             self._queue.fail_parked(self._no_storage)
         else:
             self.flags.set_standby()
-
-
-def _checked_errnos(errnos: Collection[int]) -> frozenset[int]:
-    wrong = sorted(HARMLESS_ERRNOS.intersection(errnos))
-    if wrong:
-        raise UsageError(
-            "this errno cannot put a device into standby",
-            field="standby_errnos",
-            value=errno.errorcode.get(wrong[0], wrong[0]),
-        )
-    return frozenset(errnos)
 
 
 def _text(error: BaseException) -> str:

@@ -195,9 +195,12 @@ def test_another_errno_with_both_fuses_on_is_reported_and_latches_until_a_replac
     assert bench.gate.try_write(0, data()) is True
 
 
-@pytest.mark.parametrize("number", [errno.EBADFD, errno.ENOSPC])
+@pytest.mark.parametrize(
+    "number", [errno.EBADFD, errno.EROFS, errno.ECANCELED, errno.EOPNOTSUPP, errno.ENOSPC]
+)
 def test_another_errno_after_the_storage_has_failed_is_the_same_failure(number: int) -> None:
-    """GlusterFS answers ENOTCONN first and EBADFD to what else it had in execution."""
+    """GlusterFS answers ENOTCONN first and EBADFD to what else it had in execution; ext4 on a disk
+    that dies answers EIO first and then EROFS."""
     bench, first, second = Bench(completion=Completion.MANUAL, inline=False), [], []
     bench.gate.write(0, data(), first.append)
     bench.gate.read(512, data(), second.append)
