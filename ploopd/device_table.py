@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import trio
 
@@ -23,6 +23,7 @@ class DeviceTable:
         self._devices: dict[str, Device] = {}
         self._scopes: dict[str, trio.CancelScope] = {}
         self._nursery: trio.Nursery | None = None
+        self._watchers: list[Callable[[], None]] = []
 
     def __len__(self) -> int:
         return len(self._devices)
@@ -57,6 +58,7 @@ class DeviceTable:
         device = await Device.open(image, name=name, env=self.env, options=options, opener=opener)
         self._scopes[name] = await self._nursery.start(self._run_device, device)
         self._devices[name] = device
+        self._changed()
         return device
 
     async def remove(self, device: Device) -> None:
@@ -66,10 +68,21 @@ class DeviceTable:
         """
         del self._devices[device.name]
         scope = self._scopes.pop(device.name)
+        self._changed()
         try:
             await device.close()
         finally:
             scope.cancel()
+
+    def watch(self, changed: Callable[[], None]) -> Callable[[], None]:
+        """Call `changed()` after a device has come, and when one has gone, before it is closed;
+        returns the way to stop that."""
+        self._watchers.append(changed)
+        return lambda: self._watchers.remove(changed)
+
+    def _changed(self) -> None:
+        for changed in tuple(self._watchers):
+            changed()
 
     @staticmethod
     async def _run_device(

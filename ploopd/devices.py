@@ -247,6 +247,16 @@ class Device:
         if status is not None and status.requests:
             self.gate.report(EventKind.JOURNAL_LOST, requests=status.requests, bytes=status.data)
 
+    def give_up(self) -> None:
+        """Nobody is going to recover the device: what waits for that fails, and a storage that
+        hangs is let go."""
+        self.flags.clear_standby_en()
+        if self.gate.executing_count:
+            self.gate.begin_recovery()
+            self.gate.disown()
+            self.abandon(self.opened)
+            self.gate.fail_recovery(PloopError("the device is removed", path=self.image))
+
     async def _expire(self) -> None:
         """Answer BUSY to requests that have been parked for too long."""
         self.gate.notify_parked(self._deadline_changed)

@@ -60,8 +60,9 @@ class KernelDevices:
 
     def __init__(self, table: DeviceTable, options: DeviceOptions) -> None:
         self._table = table
-        self._options = options
+        self.options = options
         self._users: dict[Device, int] = {}
+        self._opened: set[Device] = set()
         self._opening = trio.Lock()
 
     async def acquire(self, reference: Reference) -> Served:
@@ -70,12 +71,15 @@ class KernelDevices:
             device = self._find(reference)
             if device is None:
                 assert reference.image is not None
-                device = await self._table.add(reference.image, self._options)
-                self._users[device] = 0
+                device = await self._table.add(reference.image, self.options)
+                self._opened.add(device)
                 log.info("event=device-opened device=%s image=%r", device.name, device.image)
-            if device in self._users:
-                self._users[device] += 1
+            self._users[device] = self.users(device) + 1
             return KernelDevice(device)
+
+    def users(self, device: Device) -> int:
+        """How many backstores use the device."""
+        return self._users.get(device, 0)
 
     def _find(self, reference: Reference) -> Device | None:
         if reference.device is not None:
@@ -97,13 +101,13 @@ class KernelDevices:
         """Close the device if it was opened here and this was its last backstore."""
         assert isinstance(device, KernelDevice)
         async with self._opening:
-            users = self._users.get(device.device)
-            if users is None:
-                return
-            if users > 1:
-                self._users[device.device] = users - 1
+            self._users[device.device] -= 1
+            if self._users[device.device]:
                 return
             del self._users[device.device]
+            if device.device not in self._opened:
+                return
+            self._opened.discard(device.device)
             try:
                 await self._table.remove(device.device)
             except PloopError as error:
@@ -115,7 +119,7 @@ class KernelDevices:
         if self._find(reference) is not None:
             return
         assert reference.image is not None
-        options = self._options
+        options = self.options
         opener = self._table.env.opener(changed(options.open, read_only=True))
         volume = await disownable(
             partial(opener, reference.image, {}, None),

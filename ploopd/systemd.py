@@ -1,4 +1,4 @@
-"""What systemd is told about the daemon: ready, stopping, alive, and one line of status.
+"""What systemd is told about the daemon: ready, reloading, stopping, alive, and one line of status.
 
 Source: sd_notify(3), systemd.service(5) `Type=notify` and `WatchdogSec=`.  Without NOTIFY_SOCKET
 nothing is sent.  The watchdog is fed by the event loop itself, so that a loop that is stuck is
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Mapping
 
 import trio
@@ -41,8 +42,13 @@ class Notifier:
             self._socket = None
 
     def ready(self, status: str) -> None:
-        """Every LUN can be used."""
+        """Every LUN can be used, or the configuration has been read again."""
         self._send("READY=1", f"STATUS={_line(status)}")
+
+    def reloading(self) -> None:
+        """The configuration is being read again; `ready` follows."""
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._send("RELOADING=1", f"MONOTONIC_USEC={now}")
 
     def stopping(self) -> None:
         """The end has begun."""

@@ -73,6 +73,23 @@ class Automation:
         """Before `run` or while it runs.  A device of mode "manual" is left alone."""
         if policy.mode == "manual":
             return
+        self._begin(device, policy)
+
+    def change(self, device: Device, policy: RecoveryPolicy) -> None:
+        """From now on `device` is recovered by another policy; an attempt of another mode ends."""
+        recoverer = self._recoverers.get(device.name)
+        if recoverer is not None:
+            recoverer.change(policy)
+        elif policy.mode != "manual":
+            self._begin(device, policy)
+
+    def remove(self, device: Device) -> None:
+        """The device goes away."""
+        recoverer = self._recoverers.pop(device.name, None)
+        if recoverer is not None:
+            recoverer.stop()
+
+    def _begin(self, device: Device, policy: RecoveryPolicy) -> None:
         recoverer = Recoverer(device, policy, self._control, self._rng, self._hook)
         self._recoverers[device.name] = recoverer
         if self._nursery is not None:
@@ -205,7 +222,8 @@ class Recoverer:
         self._attempt: trio.CancelScope | None = None
         self._replacing = self._overtaken = False
         self._ended = trio.Event()
-        device.env.events.subscribe(self._on_event)
+        self._scope = trio.CancelScope()
+        self._unsubscribe = device.env.events.subscribe(self._on_event)
 
     # -- what the operator does ------------------------------------------------------------
 
@@ -225,16 +243,32 @@ class Recoverer:
 
     def hold(self) -> None:
         """Until the device is active again nothing is done for it."""
-        if self._held:
+        if self._held or self._policy.mode == "manual":
             return
         self._held = True
         self._device.gate.report(EventKind.HELD)
         if self._attempt is not None:
             self._attempt.cancel()
 
+    def change(self, policy: RecoveryPolicy) -> None:
+        """See `Automation.change`."""
+        other = policy.mode != self._policy.mode
+        self._policy = policy
+        self._episode.delay = policy.delay
+        if other and self._attempt is not None:
+            self._attempt.cancel()
+        self._wake()
+
+    def stop(self) -> None:
+        """See `Automation.remove`."""
+        self._unsubscribe()
+        self._scope.cancel()
+
     def describe(self) -> str:
         """See `Automation.describe`."""
         mode = self._policy.mode
+        if mode == "manual":
+            return mode
         if self._held:
             return f"{mode}, held by an operator"
         episode = self._episode
@@ -247,22 +281,24 @@ class Recoverer:
 
     async def run(self) -> None:
         """Recover the device from every standby, until cancelled."""
-        while True:
-            while not self._wanted():
-                await self._wait()
-            episode = self._episode  # a success begins another one
-            await self._try()
-            pause = episode.delay * self._rng.uniform(1 - JITTER, 1 + JITTER)
-            episode.delay = min(2 * episode.delay, self._policy.delay_max)
-            with trio.move_on_after(pause):
-                while self._wanted():
+        with self._scope:
+            while True:
+                while not self._wanted():
                     await self._wait()
+                episode = self._episode  # a success begins another one
+                await self._try()
+                pause = episode.delay * self._rng.uniform(1 - JITTER, 1 + JITTER)
+                episode.delay = min(2 * episode.delay, self._policy.delay_max)
+                with trio.move_on_after(pause):
+                    while self._wanted():
+                        await self._wait()
 
     def _wanted(self) -> bool:
         """Whether the device is in a standby that is ours to end."""
         device = self._device
         return (
-            device.gate.state is GateState.STANDBY
+            self._policy.mode != "manual"
+            and device.gate.state is GateState.STANDBY
             and device.gate.faulted
             and not self._held
             and not self._operators

@@ -8,7 +8,7 @@ known is left out rather than invented.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -68,6 +68,16 @@ class ServedDevice(Protocol):
 
     def unbind(self) -> None:
         """The device is removed from a front end."""
+        ...
+
+
+class ServedDevices(Protocol):
+    """The devices that there are (`ploopd.device_table.DeviceTable`)."""
+
+    def __iter__(self) -> Iterator[ServedDevice]: ...
+
+    def watch(self, changed: Callable[[], None]) -> Callable[[], None]:
+        """Call `changed()` when one has come or gone; returns the way to stop that."""
         ...
 
 

@@ -40,10 +40,11 @@ class Handles:
     """The open disks by their handles."""
 
     def __init__(self) -> None:
-        self._disks: dict[int, Disk] = {}
+        self._disks: dict[int, Disk | None] = {}
         self._next = 0
 
-    def __getitem__(self, handle: int) -> Disk:
+    def __getitem__(self, handle: int) -> Disk | None:
+        """None: its device has gone."""
         return self._disks[handle]
 
     def __contains__(self, handle: int) -> bool:
@@ -58,6 +59,16 @@ class Handles:
 
     def close(self, handle: int) -> None:
         del self._disks[handle]
+
+    def count(self, disk: Disk) -> int:
+        """How many handles of `disk` are open."""
+        return sum(each is disk for each in self._disks.values())
+
+    def forget(self, disk: Disk) -> None:
+        """The device has gone: its handles stay open, and nothing can be done with them."""
+        self._disks = {
+            handle: None if each is disk else each for handle, each in self._disks.items()
+        }
 
 
 class Channel:
@@ -145,10 +156,13 @@ class Channel:
     # -- data ------------------------------------------------------------------------------
 
     def _disk_request(self, head: wire.Header, handle: int, message: memoryview) -> None:
-        if self._closed or handle not in self._handles:
-            self._reply(head.unique, errno.ENODEV if self._closed else errno.EBADF)
+        if not self._closed and handle not in self._handles:
+            self._reply(head.unique, errno.EBADF)
             return
-        disk = self._handles[handle]
+        disk = None if self._closed else self._handles[handle]
+        if disk is None:
+            self._reply(head.unique, errno.ENODEV)
+            return
         self._touched.add(disk)
         answer = partial(self._answered, head.unique, head.opcode)
         operation: Operation | None = None

@@ -25,7 +25,7 @@ import trio
 
 from ploopd.errors import ExitCode, PloopError
 from ploopd.frontends.fuse import mount, wire
-from ploopd.frontends.fuse.attributes import Attribute, ServedDevice
+from ploopd.frontends.fuse.attributes import Attribute, ServedDevice, ServedDevices
 from ploopd.frontends.fuse.channel import Channel, Handles
 from ploopd.frontends.fuse.disk import Disk
 from ploopd.frontends.fuse.tree import Directory, DiskFile, Link, Node, Tree, join, standby_path
@@ -60,19 +60,24 @@ class _OpenAttribute:
 
 
 class FuseView:
-    """The view of `devices`, mounted on a directory.
+    """The view of `devices`, which may come and go, mounted on a directory.
 
     `everybody`: other users may look at it; by default if the daemon is root's.
     """
 
     def __init__(
-        self, devices: Iterable[ServedDevice], mountpoint: Path, *, everybody: bool | None = None
+        self, devices: ServedDevices, mountpoint: Path, *, everybody: bool | None = None
     ) -> None:
         self.mountpoint = Path(os.path.abspath(mountpoint))
         self._devices = devices
         self._everybody = os.geteuid() == 0 if everybody is None else everybody
         self._scope = trio.CancelScope()
         self._ended: trio.Event | None = None
+        self._session: _Session | None = None
+
+    def users(self, device: ServedDevice) -> int:
+        """How often the file of the device's disk is open."""
+        return 0 if self._session is None else self._session.users(device)
 
     async def check(self) -> None:
         """Raise the `PloopError` that `serve` would raise, as far as it can be told before."""
@@ -89,12 +94,12 @@ class FuseView:
         )
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Mount, serve the devices that there are until `stop`, and unmount.
+        """Mount, serve until `stop`, and unmount.
 
         Ends early when the view is unmounted from outside.  Raises `PloopError` when it cannot be
         mounted.  Files that somebody still has open fail with ENOTCONN afterwards.
         """
-        session = await self._mount()
+        session = self._session = await self._mount()
         self._ended = ended = trio.Event()
         running = trio.CancelScope(shield=True)
         async with trio.open_nursery() as nursery:
@@ -125,7 +130,7 @@ class FuseView:
             partial(mount.mount, self.mountpoint, everybody=self._everybody)
         )
         try:
-            return _Session(tuple(self._devices), self.mountpoint, kernel)
+            return _Session(self._devices, self.mountpoint, kernel)
         except RuntimeError as error:
             os.close(kernel)
             with trio.CancelScope(shield=True):
@@ -151,8 +156,9 @@ class FuseView:
 class _Session:
     """One mount, from its descriptor to its end."""
 
-    def __init__(self, devices: Sequence[ServedDevice], mountpoint: Path, kernel: int) -> None:
+    def __init__(self, devices: ServedDevices, mountpoint: Path, kernel: int) -> None:
         self._devices = devices
+        self._shown: dict[ServedDevice, Callable[[], None]] = {}
         self._kernel = kernel
         self._handles = Handles()
         self._channel = Channel(handles=self._handles, to_kernel=self._to_kernel)
@@ -160,7 +166,7 @@ class _Session:
         self._nursery: trio.Nursery | None = None
         self._closed = False
         self._sendable = trio.Event()
-        self._operations = _Operations(devices, self._handles, self._later)
+        self._operations = _Operations(self._shown, self._handles)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         theirs.setblocking(False)
         pyfuse3.init(self._operations, f"/dev/fd/{theirs.detach()}", set())
@@ -168,9 +174,8 @@ class _Session:
 
     async def run(self, scope: trio.CancelScope, ended: trio.Event) -> None:
         """Serve until the kernel says that it is unmounted, or `scope` is cancelled."""
-        unsubscribe = [self._watch(device) for device in self._devices]
-        for device in self._devices:
-            device.bind()
+        self._devices_changed()
+        unwatch = self._devices.watch(self._devices_changed)
         try:
             with scope:
                 async with trio.open_nursery() as nursery:
@@ -187,10 +192,9 @@ class _Session:
             ended.set()
             self._nursery = None
             self._closed = True
-            for stop in unsubscribe:
-                stop()
-            for device in self._devices:
-                device.unbind()
+            unwatch()
+            for device in tuple(self._shown):
+                self._hide(device)
             self._library.close()
             pyfuse3.close(unmount=False)
             os.close(self._kernel)
@@ -199,6 +203,29 @@ class _Session:
         """Answer what is parked: processes that wait for it must not keep the mount busy."""
         self._operations.closing = True
         self._channel.close()
+
+    def users(self, device: ServedDevice) -> int:
+        """How often the file of the device's disk is open."""
+        disk = self._operations.disks.get(device.name)
+        return 0 if disk is None else self._handles.count(disk)
+
+    def _devices_changed(self) -> None:
+        """Show the devices that have come; those that have gone are not there any more."""
+        now = list(self._devices)
+        for device in [each for each in self._shown if each not in now]:
+            self._hide(device)
+        for device in now:
+            if device not in self._shown:
+                device.bind()
+                self._shown[device] = self._watch(device)
+                self._operations.disks[device.name] = Disk(device, later=self._later)
+
+    def _hide(self, device: ServedDevice) -> None:
+        self._shown.pop(device)()
+        self._handles.forget(self._operations.disks.pop(device.name))
+        if not self._closed:
+            self._operations.changed(standby_path(device.name))
+        device.unbind()
 
     def _watch(self, device: ServedDevice) -> Callable[[], None]:
         def changed(state: StandbyState) -> None:
@@ -271,14 +298,13 @@ class _Operations(pyfuse3.Operations):
 
     def __init__(
         self,
-        devices: Sequence[ServedDevice],
+        devices: Iterable[ServedDevice],
         handles: Handles,
-        later: Callable[[float, Callable[[], None]], None],
     ) -> None:
         super().__init__()
         self.closing = False
         self._tree = Tree(lambda: devices)
-        self._disks = {device.name: Disk(device, later=later) for device in devices}
+        self.disks: dict[str, Disk] = {}
         self._disk_handles = handles
         self._open: dict[int, _OpenAttribute] = {}
         self._directories: dict[int, list[tuple[str, str, Node]]] = {}
@@ -374,7 +400,7 @@ class _Operations(pyfuse3.Operations):
         path = self._path(inode)
         node = self._node(path)
         if isinstance(node, DiskFile):
-            disk = self._disks[node.device.name]
+            disk = self.disks[node.device.name]
             if flags & _WRITING and not disk.writable:
                 raise pyfuse3.FUSEError(errno.EROFS)
             handle = self._disk_handles.open(disk)
@@ -408,6 +434,8 @@ class _Operations(pyfuse3.Operations):
         opened = self._open[fh]
         if opened.attribute.store is None:
             raise pyfuse3.FUSEError(errno.EACCES)
+        if self._tree.find(opened.path) is None:
+            raise pyfuse3.FUSEError(errno.ENODEV)
         if off:
             raise pyfuse3.FUSEError(errno.EINVAL)
         try:

@@ -140,6 +140,12 @@ class IscsiServer:
         """All connections, logged in or not."""
         return list(self._links)
 
+    def set_access(self, config: IscsiConfig) -> None:
+        """From the next login on the access rules are those of `config`, which has the portals and
+        limits of now.  Raises what the constructor raises."""
+        config.check()
+        self._config = self._node.config = config
+
     async def bind(self) -> None:
         """Take the portals' addresses, which `serve` does otherwise; connections wait until then.
 
