@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from ploopd.errors import StorageError
+from ploopd.errors import HARMLESS_ERRNOS, StorageError
 from ploopd.storage.core import Core
 from ploopd.storage.mapping import TOP, UNMAPPED
 from ploopd.storage.request import Request
@@ -170,11 +170,13 @@ async def _free(core: Core, first: int, host: int, count: int) -> None:
     assert core.space is not None
     await core.bat.clear(first, count)
     size = core.map.cluster_size
-    zeroed = True
+    failure: StorageError | None = None
     try:
         await core.top.async_punch(host * size, count * size)
-    except StorageError:
+    except StorageError as error:
         # The disk reads as zeros all the same; the room is zeroed before it is used again.
-        zeroed = False
+        failure = error
     for cluster in range(host, host + count):
-        core.space.free(cluster, zeroed=zeroed)
+        core.space.free(cluster, zeroed=failure is None)
+    if failure is not None and failure.errno not in HARMLESS_ERRNOS:
+        raise failure  # a client that writes behind may tell of an older write's loss by it
