@@ -6,6 +6,7 @@ gate may be exchanged (`ploopd.control.recovery`).
 
 from __future__ import annotations
 
+import errno
 import math
 import threading
 import time
@@ -130,7 +131,9 @@ class Device:
         self.substitutes: Mapping[str, str] = NO_SUBSTITUTES
         self.recording = threading.Lock()
         self.replacing = False
-        self.journaling = Journaling(options.journal, options.journal_size, self._flush_failed)
+        self.journaling = Journaling(
+            options.journal, options.journal_size, self._flush_failed, self._doubt
+        )
         self.replay_hooks: list[ReplayHook] = [self.journaling.replay]
         self.flags = QueueFlags(name, env.check)
         self._opener = opener
@@ -328,6 +331,13 @@ class Device:
     def _flush_failed(self, error: StorageError) -> None:
         """A flush that only the journal wanted has failed."""
         self.gate.judge(error)
+
+    def _doubt(self) -> StorageError | None:
+        """The failure, also of a read, after which a sync that succeeds proves nothing."""
+        gate = self.gate
+        if gate.latched is not None or not gate.faulted:
+            return gate.latched
+        return StorageError(errno.EIO, "flush", message=f"the storage has failed: {gate.cause}")
 
     async def close_volume(self, opened: OpenedVolume, deadline: float) -> PloopError | None:
         """Close a volume, or abandon it after `deadline` seconds; returns what went wrong.

@@ -22,6 +22,14 @@ from ploopd.storage.request import FINISHED
 OnFailure = Callable[[StorageError], object]
 """Told of a flush that failed and that nobody above has asked for."""
 
+Doubt = Callable[[], StorageError | None]
+"""Why the success of a sync means nothing now, as far as somebody above knows."""
+
+
+def no_doubt() -> StorageError | None:
+    """Nobody above knows of any failure."""
+    return None
+
 
 class ReadingLane:
     """The `Lane` of a device below, for reads alone: writes must be recorded, which needs room."""
@@ -51,11 +59,13 @@ class JournaledDevice:
     A flush that succeeds drops the records of what was acknowledged before it was started.  It is
     up to `volume` that none succeeds after a sync has failed (`BlockDevice.flush`).  Nor does one
     succeed here after a change has failed: a network file system may have written behind, and told
-    of an older write's loss by failing a newer one; its next sync knows nothing of that.
+    of an older write's loss by failing a newer one; its next sync knows nothing of that.  Failed
+    reads are known to whoever judges them: `doubt`.
     """
 
     __slots__ = (
         "_ceiling",
+        "_doubt",
         "_early",
         "_failure",
         "_flush_at",
@@ -76,7 +86,13 @@ class JournaledDevice:
         "try_read",
     )
 
-    def __init__(self, volume: BlockDevice, journal: Journal, on_failure: OnFailure) -> None:
+    def __init__(
+        self,
+        volume: BlockDevice,
+        journal: Journal,
+        on_failure: OnFailure,
+        doubt: Doubt = no_doubt,
+    ) -> None:
         self.size = volume.size
         self.cluster_size = volume.cluster_size
         self.read_only = volume.read_only
@@ -89,6 +105,7 @@ class JournaledDevice:
         self._volume = volume
         self.journal = journal
         self._on_failure = on_failure
+        self._doubt = doubt
         self._waiting: deque[_Change] = deque()
         self._forcing = False
         self._failure: StorageError | None = None
@@ -164,8 +181,9 @@ class JournaledDevice:
         def ended(error: StorageError | None) -> None:
             if error is not None:
                 self.failed(error)
-            elif self._failure is not None:
-                error = self._failure.again()
+            elif not self.trusted:
+                failure = self._failure or self._doubt()
+                error = None if failure is None else failure.again()
             elif not self._retired:
                 journal.drop(mark)
                 if self._flush_at == math.inf and not self._forcing:
@@ -185,7 +203,7 @@ class JournaledDevice:
     @property
     def trusted(self) -> bool:
         """Nothing has failed that makes the success of a sync worthless."""
-        return self._failure is None
+        return self._failure is None and self._doubt() is None
 
     def trust(self) -> None:
         """An operator goes on with this storage."""

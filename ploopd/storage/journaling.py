@@ -8,7 +8,7 @@ from enum import Enum
 from ploopd.fileio.policy import may_lose_written
 from ploopd.storage.device import BlockDevice
 from ploopd.storage.journal import Journal
-from ploopd.storage.journaled import JournaledDevice, OnFailure
+from ploopd.storage.journaled import Doubt, JournaledDevice, OnFailure, no_doubt
 from ploopd.storage.replay import replay
 from ploopd.storage.volume import Volume
 
@@ -38,13 +38,17 @@ class Journaling:
     """The journal outlives the volumes: `attach` says what the gate is to use of each, `replay` is
     a replay hook of the device.
 
-    `limit`: bytes.  `on_failure` is told of flushes that fail and that only the journal wanted.
+    `limit`: bytes.  `on_failure` is told of flushes that fail and that only the journal wanted;
+    `doubt` says why the success of a flush means nothing, if it knows of something.
     """
 
-    def __init__(self, mode: JournalMode, limit: int, on_failure: OnFailure) -> None:
+    def __init__(
+        self, mode: JournalMode, limit: int, on_failure: OnFailure, doubt: Doubt = no_doubt
+    ) -> None:
         self._mode = mode
         self._journal = Journal(limit)
         self._on_failure = on_failure
+        self._doubt = doubt
         self._device: JournaledDevice | None = None
         self._replayed: Volume | None = None
 
@@ -71,7 +75,7 @@ class Journaling:
         self._replayed = None
         if not self._journal and not self._wanted(volume):
             return volume
-        self._device = JournaledDevice(volume, self._journal, self._on_failure)
+        self._device = JournaledDevice(volume, self._journal, self._on_failure, self._doubt)
         return self._device
 
     def _wanted(self, volume: Volume) -> bool:

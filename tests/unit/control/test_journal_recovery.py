@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from ploopd.control.recovery import leave_standby, replace
 from ploopd.control.steps import Step, StepRecord
@@ -379,6 +380,57 @@ async def test_a_sync_at_the_end_is_not_trusted_after_a_write_has_failed(
             nursery.cancel_scope.cancel()
         (lost,) = [event for event in served.events if event.kind is EventKind.JOURNAL_LOST]
         assert lost.details == {"requests": 1, "bytes": 4096}
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("op", ["read", "write"])
+async def test_after_any_failure_no_flush_counts(
+    op: str, directory: Path, faulty: FaultyOs
+) -> None:
+    """A client that writes behind tells of a lost write once, by whatever comes next: also a read,
+    after which the device is latched and goes on."""
+    path = image(directory)
+    async with serving(faulty) as served:
+        device = await served.add(path, KEPT)
+        await write(device, 0, b"a" * 4096)
+        faulty.add(Fault(op=op, path="disk.hds", count=1, error=errno.EUCLEAN))
+        failing = read(device, 0, 4096) if op == "read" else write(device, 0, b"b" * 4096)
+        with pytest.raises(StorageError, match="EUCLEAN"):
+            await failing
+        assert device.gate.latched is not None
+        with pytest.raises(StorageError, match="EUCLEAN"):
+            await flush(device)
+        status = device.journaling.status
+        assert status is not None
+        assert status.requests == 1
+        assert device.gate.clear_latch()
+        await flush(device)
+        assert device.journaling.status is not None
+        assert device.journaling.status.requests == 0
+
+
+@pytest.mark.trio
+async def test_a_flush_in_execution_when_a_read_fails_drops_nothing(
+    tmp_path: Path, faulty: FaultyOs
+) -> None:
+    path = image(tmp_path)
+    async with serving(faulty) as served:
+        device = await served.add(path, KEPT)
+        await write(device, 0, b"a" * 4096)
+        faulty.add(Fault(op="sync", path="disk.hds", count=1, hang=True))
+        faulty.add(Fault(op="read", path="disk.hds", count=1, error=errno.ENOTCONN))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(flush, device)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(read, device, 0, 4096)
+            while device.gate.standby_text != "on":  # noqa: ASYNC110 - nobody announces it
+                await trio.sleep(0.005)
+            faulty.release()
+            await quiet(device)
+            assert device.journaling.status is not None
+            assert device.journaling.status.requests == 1
+            await replace(device, str(path))
+        assert await read(device, 0, 4096) == b"a" * 4096
 
 
 @pytest.mark.trio
