@@ -6,10 +6,11 @@ down, so that it can be made again, and so that only what was made here is ever 
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -126,6 +127,8 @@ class LioExports:
                 )
             left = [each for each in exports if each not in gone]
             for export in gone:
+                left = _inherited(left, export)
+            for export in gone:
                 await self._in_thread(partial(self._unmake, export), f"unexporting {device}")
             if not any(each.device == device for each in left) and gone[0].backstore_made:
                 await self._in_thread(
@@ -168,7 +171,7 @@ class LioExports:
         exported, made = await self._make(request)
         return msgspec.structs.replace(
             export,
-            made=sorted({*export.made, *exported.made}),
+            made=_together(export.made, exported.made),
             backstore_made=export.backstore_made or made,
         )
 
@@ -265,9 +268,8 @@ class LioExports:
 
     @staticmethod
     def _delete_backstore(name: str) -> None:
-        lio = Lio()
-        if any(each.name == name for each in lio.backstores()):
-            lio.delete_backstore(name)
+        with contextlib.suppress(NotFoundError):
+            Lio().delete_backstore(name)
 
     async def _remember(self, exports: list[Export]) -> None:
         await self._in_thread(partial(self._save, exports), f"writing {self._state}")
@@ -315,6 +317,19 @@ class LioExports:
             os.replace(new, self._state)
         except OSError as error:
             raise PloopError(f"cannot be written: {error.strerror}", path=self._state) from error
+
+
+def _inherited(left: list[Export], gone: Export) -> list[Export]:
+    """What was made for an export and is still used by another one goes with that one."""
+    for number, export in enumerate(left):
+        if export.iqn == gone.iqn:
+            heir = msgspec.structs.replace(export, made=_together(export.made, gone.made))
+            return [*left[:number], heir, *left[number + 1 :]]
+    return left
+
+
+def _together(one: list[str], other: Sequence[str]) -> list[str]:
+    return [*one, *(each for each in other if each not in one)]
 
 
 def _require_address(address: str, port: int) -> None:

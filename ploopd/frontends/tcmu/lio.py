@@ -10,7 +10,6 @@ only, and loses only those.  `Exported.made` remembers what was ours.
 from __future__ import annotations
 
 import contextlib
-import errno
 import ipaddress
 import os
 import re
@@ -18,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ploopd.errors import (
@@ -40,6 +40,9 @@ CONTROL = "nl_reply_supported=-1,max_data_area_mb=64"
 HW_MAX_SECTORS = 8192
 COMMAND_WINDOW = 128
 PORTAL_GROUP = 1
+
+EVERY_ADDRESS = ("0.0.0.0", "[::0]", "[::]")  # noqa: S104 - recognised, not bound to
+"""Portals that have every other address."""
 
 DATABASES = ("/etc/rtslib-fb-target", "/etc/target")
 """Debian's and everybody else's."""
@@ -116,31 +119,38 @@ class Lio:
             raise DeniedError("only root may change the kernel's target")
         self._rtslib: Any = rtslib_fb
 
-        class Root(rtslib_fb.RTSRoot):  # type: ignore[misc]  # rtslib has no types
-            @property
-            def _preferred_dbroot(self) -> str:
-                return _database(self._dbroot)
-
         unusable = "the kernel's target (LIO) is not to be had here"
         with self._errors(unusable), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._root = Root()
+            # rtslib makes more of them by itself, and has no other way to be told.
+            rtslib_fb.RTSRoot._preferred_dbroot = property(lambda root: _database(root._dbroot))
+            self._root = rtslib_fb.RTSRoot()
 
     # -- backstores ------------------------------------------------------------------------
 
     def backstores(self) -> list[Backstore]:
         """Those of the kind user:ploop."""
+        luns = self._luns()
         return [
             Backstore(
                 name=each.name,
                 config=each.config.removeprefix(f"{SUBTYPE}/"),
                 size=each.size,
-                luns=tuple(
-                    f"{lun.parent_tpg.parent_target.wwn}/{lun.lun}" for lun in each.attached_luns
-                ),
+                luns=tuple(luns.get(each.path, ())),
             )
             for each in self._ours()
         ]
+
+    def _luns(self) -> dict[str, list[str]]:
+        """`TARGET/LUN` of each backstore's path.  rtslib would look at all LUNs for each one."""
+        luns: dict[str, list[str]] = {}
+        with self._errors("the kernel's LUNs cannot be listed"):
+            for lun in sorted(Path(self._root.path).glob("*/*/tpgt_*/lun/lun_*")):
+                name = f"{lun.parts[-4]}/{lun.name.removeprefix('lun_')}"
+                for link in lun.iterdir():
+                    if link.is_symlink():
+                        luns.setdefault(os.path.realpath(link), []).append(name)
+        return luns
 
     def create_backstore(self, request: ExportRequest) -> bool:
         """Make the backstore, which the handler then finds; False if there is one for the same
@@ -168,8 +178,9 @@ class Lio:
     def delete_backstore(self, name: str) -> None:
         """Delete a backstore of ours that no LUN uses.  Raises BusyError otherwise."""
         backstore = self._ours_by_name(name)
-        if next(iter(backstore.attached_luns), None) is not None:
-            raise BusyError("is exported", field="backstore", value=name)
+        luns = self._luns().get(backstore.path)
+        if luns:
+            raise BusyError(f"is exported as {', '.join(luns)}", field="backstore", value=name)
         with self._errors(f"the backstore {name} cannot be deleted"):
             backstore.delete()
 
@@ -287,9 +298,18 @@ class Lio:
         known = {(portal.ip_address, portal.port) for portal in tpg.network_portals}
         for address, port in request.portals:
             plain = f"[{address}]" if ":" in address else address
-            if (plain, port) in known:
+            if {(plain, port), *((every, port) for every in EVERY_ADDRESS)} & known:
                 continue
-            portal = self._rtslib.NetworkPortal(tpg, plain, port)
+            try:
+                portal = self._rtslib.NetworkPortal(tpg, plain, port)
+            except self._rtslib.RTSLibError as error:
+                raise PloopError(
+                    "the kernel cannot listen there",
+                    field="portal",
+                    value=f"{plain}:{port}",
+                    hint="`ss -ltnp` tells who does; --portal takes another address",
+                    exit_code=ExitCode.ADDRESS_IN_USE,
+                ) from error
             made.append(f"portal {plain}:{port}")
             undo.callback(self._quietly, portal.delete)
 
@@ -315,7 +335,7 @@ class Lio:
     @staticmethod
     def _unexport_from(tpg: TPG, exported: Exported) -> None:
         for lun in tpg.luns:
-            if lun.storage_object.name == exported.backstore:
+            if lun.lun == exported.lun and lun.storage_object.name == exported.backstore:
                 lun.delete()  # and its mappings
         if list(tpg.luns):
             return
@@ -350,12 +370,6 @@ def _translated(what: str, error: Exception) -> PloopError:
     text = str(error)
     number = re.search(r"\[Errno (\d+)\]", text)
     code = int(number[1]) if number else getattr(error, "errno", None)
-    if code in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
-        return PloopError(
-            f"{what}: {os.strerror(code)}",
-            hint="`ss -ltnp` tells who listens where; --portal takes another address",
-            exit_code=ExitCode.ADDRESS_IN_USE,
-        )
     if code is not None:
         return PloopError(f"{what}: {os.strerror(code)}", hint="see dmesg for the kernel's reason")
     if "not valid" in text:

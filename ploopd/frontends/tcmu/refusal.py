@@ -10,7 +10,7 @@ from typing import Final
 import trio
 
 from ploopd.disownable import disownable
-from ploopd.errors import PloopError, UsageError
+from ploopd.errors import BusyError, LockedError, PloopError, UsageError
 from ploopd.frontends.tcmu.restart import RestartNotes
 from ploopd.frontends.tcmu.ring import Command, Ring, RingError
 from ploopd.frontends.tcmu.uio import Kernel, SharedMemory, UioDevice
@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 class Refusal:
     """Answers the commands of `uio` in place of a device that could not be had because of `error`.
 
-    Where somebody has to change something first, with NOT READY; otherwise with BUSY, so that
-    initiators try again.  Nothing is opened while nobody calls `answer`.
+    Where somebody has to change something first, with NOT READY; where the storage may come back,
+    with BUSY, so that initiators try again.  A device that another process may have, or may come
+    to have, is left alone.
     """
 
     def __init__(
@@ -46,13 +47,16 @@ class Refusal:
         self._uio = uio
         self._notes = notes
         self._limiter = limiter
+        self._ours = not isinstance(error, BusyError | LockedError) and error.field != "device"
         wrong = isinstance(error, UsageError)
         self._status = Status.CHECK_CONDITION if wrong else Status.BUSY
         self._sense = _NOT_READY.pack(descriptor_format=False) if wrong else b""
 
     async def answer(self, seconds: float) -> None:
-        """Answer what comes for that long.  Somebody else's device is left alone."""
+        """Answer what comes for that long."""
         with trio.move_on_after(seconds):
+            if not self._ours:
+                await trio.sleep_forever()
             try:
                 file = await self._in_thread(partial(self._kernel.open, self._uio))
             except PloopError:

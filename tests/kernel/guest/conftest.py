@@ -40,12 +40,22 @@ class OpenIscsi:
         return found[0]
 
     def _disks(self, url: ServedUrl) -> list[str]:
+        return self.disks(url.iqn, str(url.lun))
+
+    def disks(self, iqn: str, lun: str = "*") -> list[str]:
+        """The names of a target's disks, of one LUN or of all."""
         names = []
         for session in Path("/sys/class/iscsi_session").glob("session*"):
-            if (session / "targetname").read_text().strip() == url.iqn:
-                blocks = (session / "device").glob(f"target*/*:{url.lun}/block/*")
+            if (session / "targetname").read_text().strip() == iqn:
+                blocks = (session / "device").glob(f"target*/*:{lun}/block/*")
                 names += [block.name for block in blocks]
         return names
+
+    def forget(self, url: ServedUrl) -> None:
+        """End the session of a target that may not be there any more."""
+        sh("iscsiadm", "-m", "node", "-T", url.iqn, "--logout", check=False)
+        wait_until(lambda: not self.disks(url.iqn), "the disks going away")
+        sh("iscsiadm", "-m", "node", "-T", url.iqn, "-o", "delete", check=False)
 
     def logout(self, url: ServedUrl) -> None:
         self._node(url, "--logout")
@@ -59,11 +69,8 @@ class OpenIscsi:
         return sh("iscsiadm", "-m", "node", "-T", url.iqn, "-p", portal, *arguments)
 
 
-@pytest.fixture(scope="session")
-def initiator() -> OpenIscsi:
+def start_initiator() -> OpenIscsi:
     """Load the modules and start iscsid, which Debian would have systemd do."""
-    if not IN_GUEST:
-        pytest.skip("changes the machine it runs on, which is to be the guest: make kernel")
     sh("modprobe", "-a", "iscsi_tcp", "sd_mod", "loop")
     Path("/run/lock/iscsi").mkdir(parents=True, exist_ok=True)
     # Nothing of this machine's configuration; the host may keep it from all but its root, too.
@@ -72,6 +79,13 @@ def initiator() -> OpenIscsi:
     Path("/etc/iscsi/iscsid.conf").write_text("node.startup = manual\n")
     sh("iscsid")
     return OpenIscsi()
+
+
+@pytest.fixture(scope="session")
+def initiator() -> OpenIscsi:
+    if not IN_GUEST:
+        pytest.skip("changes the machine it runs on, which is to be the guest: make kernel")
+    return start_initiator()
 
 
 @pytest.fixture

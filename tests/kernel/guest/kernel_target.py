@@ -72,7 +72,7 @@ def wait_for_loop_disk() -> Path:
 
 def backstores() -> list[str]:
     """The names of all backstores that the kernel has."""
-    return sorted(each.name for each in (CONFIGFS / "core").glob("user_*/*") if each.is_dir())
+    return sorted(each.name for each in (CONFIGFS / "core").glob("*_[0-9]*/*") if each.is_dir())
 
 
 def targets() -> list[str]:
