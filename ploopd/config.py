@@ -55,7 +55,7 @@ class DeviceConfig:
     `name`: None makes one from the file name.  `lun`: its number, None is the lowest that no other
     device has.  `physical_block_size`: bytes, what initiators are
     told.  `cache` and `io`: the policy of its files.  `park_max`: seconds, None is for ever.
-    `extra_standby_errnos`: numbers that put it into standby beside EBUSY, ENOTCONN and EIO.
+    `extra_standby_errnos`: numbers that put it into standby beside those of its file system.
     `image_root`: where the deltas of a descriptor may lie, None is the descriptor's own directory.
     `journal`: whether writes that were acknowledged and not yet flushed are kept, `journal_size`
     bytes at most.  `recovery`: who ends a standby; `candidates` are the other files that `reopen`

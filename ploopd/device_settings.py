@@ -9,7 +9,6 @@ from ploopd.control.automation import RecoveryPolicy
 from ploopd.device_table import device_name, unique_name
 from ploopd.devices import DeviceOptions
 from ploopd.fileio.policy import CacheMode
-from ploopd.gate.filter import STANDBY_ERRNOS
 from ploopd.gate.limits import ParkLimits
 from ploopd.storage.journaling import JournalMode
 from ploopd.storage.opener import OpenOptions
@@ -28,15 +27,10 @@ def device_options(config: DeviceConfig) -> DeviceOptions:
         physical_block_size=config.physical_block_size,
         standby=config.standby,
         limits=ParkLimits(park_max=config.park_max),
-        standby_errnos=standby_errnos(config),
+        extra_standby_errnos=config.extra_standby_errnos,
         journal=JournalMode(config.journal),
         journal_size=config.journal_size,
     )
-
-
-def standby_errnos(config: DeviceConfig) -> Collection[int]:
-    """The errnos that put the device into standby."""
-    return STANDBY_ERRNOS | set(config.extra_standby_errnos)
 
 
 def recovery_policy(config: DeviceConfig) -> RecoveryPolicy:

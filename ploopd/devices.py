@@ -21,8 +21,9 @@ from ploopd.errors import ExitCode, PloopError, StorageError
 from ploopd.fileio.buffers import BufferPool
 from ploopd.fileio.engine import IoEngine
 from ploopd.fileio.oslayer import REAL, OsLayer
+from ploopd.gate.errnos import standby_errnos
 from ploopd.gate.events import Event, EventBus, EventKind
-from ploopd.gate.filter import STANDBY_ERRNOS, Gate
+from ploopd.gate.filter import Gate
 from ploopd.gate.limits import ParkLimits
 from ploopd.scsi.cdb import BLOCK_SHIFT
 from ploopd.scsi.logical_unit import LogicalUnit
@@ -55,6 +56,7 @@ class DeviceOptions:
     """How one image is served.
 
     `standby` False: no front end sets its EN fuse, so that storage errors reach the initiator.
+    `extra_standby_errnos`: beside those that its kind of storage has (`gate.errnos`).
     `journal_size`: bytes that may be kept of writes that are acknowledged and not yet flushed.
     """
 
@@ -63,7 +65,7 @@ class DeviceOptions:
     physical_block_size: int = 4096
     standby: bool = True
     limits: ParkLimits = field(default_factory=ParkLimits)
-    standby_errnos: Collection[int] = STANDBY_ERRNOS
+    extra_standby_errnos: Collection[int] = ()
     journal: JournalMode = JournalMode.AUTO
     journal_size: int = DEFAULT_JOURNAL_SIZE
 
@@ -136,6 +138,7 @@ class Device:
         )
         self.replay_hooks: list[ReplayHook] = [self.journaling.replay]
         self.flags = QueueFlags(name, env.check)
+        self._extra_standby_errnos = options.extra_standby_errnos
         self._opener = opener
         self._nursery: trio.Nursery | None = None
         self._deadlines = trio.Event()
@@ -173,7 +176,7 @@ class Device:
             clock=env.clock,
             on_event=device._publish,
             limits=options.limits,
-            standby_errnos=options.standby_errnos,
+            standby_errnos=device.standby_errnos(volume),
         )
         device.unit = LogicalUnit(
             device.gate,
@@ -321,6 +324,18 @@ class Device:
         What the journal held is forgotten if it has been replayed into `volume`.
         """
         return self.journaling.attach(volume)
+
+    def standby_errnos(self, volume: Volume) -> Collection[int]:
+        """What puts the device into standby when it is served from `volume`."""
+        return standby_errnos(remote=volume.remote, extra=self._extra_standby_errnos)
+
+    def set_extra_standby_errnos(self, errnos: Collection[int]) -> None:
+        """An operator's order, at once and for every volume that follows.
+
+        Raises `UsageError` for one that says nothing of the storage.
+        """
+        self.gate.set_standby_errnos(standby_errnos(remote=self.volume.remote, extra=errnos))
+        self._extra_standby_errnos = errnos
 
     def _publish(self, event: Event) -> None:
         """An event of the gate."""

@@ -75,7 +75,8 @@ class DeviceDetails(Message, frozen=True, kw_only=True):
     `format_version` is 0 for a raw image.  `notes` are what was found or repaired at open.
     `latched` is the failure that made it read-only, `full` the last failure of a storage without
     room; None if there is no such thing.  `journal` is None when the journal is off.  `recovery`
-    says who ends a standby, and how far that is.
+    says who ends a standby, and how far that is.  `standby_errnos` are the names of the errors that
+    put it into standby.
     """
 
     name: str
@@ -98,6 +99,7 @@ class DeviceDetails(Message, frozen=True, kw_only=True):
     full: str | None = None
     journal: JournalDetails | None = None
     recovery: str = "manual"
+    standby_errnos: list[str] = []
 
 
 class ShowReply(Message, frozen=True, kw_only=True):

@@ -296,7 +296,8 @@ class _Recovery:
     def _swap(self, opened: OpenedVolume) -> None:
         """No checkpoint from here on: the rest happens as a whole."""
         device = self.device
-        device.gate.swap(device.under_gate(opened.volume))
+        volume = opened.volume
+        device.gate.swap(device.under_gate(volume), device.standby_errnos(volume))
         device.install(opened)
         self.opened = None
         self.plan.adopted(device)

@@ -12,7 +12,7 @@ import errno
 from collections.abc import Callable, Collection, Iterator
 
 from ploopd.errors import HARMLESS_ERRNOS, NO_ROOM, StorageError, UsageError
-from ploopd.gate.errnos import checked_errnos
+from ploopd.gate.errnos import STANDBY_ERRNOS, checked_errnos
 from ploopd.gate.events import Event, EventKind, Subscriber
 from ploopd.gate.lane import GateLane
 from ploopd.gate.limits import ParkLimits
@@ -22,9 +22,6 @@ from ploopd.gate.room import Room
 from ploopd.gate.state import GateEvent, GateState, advance
 from ploopd.storage.device import BlockDevice, Done, Extent
 from scst_shim import QueueFlags, StandbyState
-
-STANDBY_ERRNOS = frozenset({errno.EBUSY, errno.ENOTCONN, errno.EIO})
-"""The errnos that put a device into standby (the standby contract of dm-ploop)."""
 
 TryNow = Callable[[int, memoryview], bool]
 
@@ -129,6 +126,11 @@ class Gate:
     def set_standby_errnos(self, errnos: Collection[int]) -> None:
         """From now on these put the device into standby; see the constructor."""
         self._errnos = checked_errnos(errnos)
+
+    @property
+    def standby_errnos(self) -> frozenset[int]:
+        """The errnos that put the device into standby."""
+        return self._errnos
 
     @property
     def parked_count(self) -> int:
@@ -269,10 +271,11 @@ class Gate:
         self._touched = True
         self._queue.disown()
 
-    def swap(self, device: BlockDevice) -> None:
+    def swap(self, device: BlockDevice, standby_errnos: Collection[int] | None = None) -> None:
         """Put `device` in the place of the old one; only while recovering.
 
-        Raises `ValueError` if its size or cluster size differs: the caller has to check.
+        `standby_errnos`: those of its storage, None if they are the same.  Raises `ValueError` if
+        its size or cluster size differs: the caller has to check.
         """
         if self._state is not GateState.RECOVERING:
             raise ValueError(f"{self.name}: swap while {self._state.value}")
@@ -280,6 +283,8 @@ class Gate:
             raise ValueError(f"{self.name}: swap to a device of another geometry")
         self._device = self._queue.device = device
         self.lane.put_on(device)
+        if standby_errnos is not None:
+            self.set_standby_errnos(standby_errnos)
         self._touched = True
 
     def leave_standby(self) -> None:

@@ -15,7 +15,7 @@ from typing import Protocol
 import trio
 
 from ploopd.errors import StorageError
-from ploopd.fileio.policy import Policy
+from ploopd.fileio.policy import Policy, may_lose_written
 from ploopd.storage import closing, read_path, write_path, zero_path
 from ploopd.storage.core import Core
 from ploopd.storage.device import Done, Extent, ExtentKind, Pending
@@ -308,6 +308,11 @@ class Volume:
     def filesystem(self) -> str:
         """The type of the file system that the top is on, "unknown" if nobody says."""
         return self._stack.top.file.filesystem
+
+    @property
+    def remote(self) -> bool:
+        """Whether some of its files have a server behind them, or nobody knows."""
+        return any(may_lose_written(each.file.filesystem) for each in self._stack.layers)
 
     def inode_numbers(self) -> set[tuple[int, int]]:
         """Device and inode of the files, for a volume that is opened in place of this one."""

@@ -133,7 +133,6 @@ class GlusterFs:
         ("gluster", "glusterfs-cli"),
         ("glusterfs", "glusterfs-client"),
     )
-    standby_errnos: tuple[str, ...] = ("EBADFD",)
     patience = "ping-timeout 3 s (default 42), client.tcp-user-timeout 2 s (default: none)"
     _OPTIONS = (("network.ping-timeout", "3"), ("client.tcp-user-timeout", "2"))
 

@@ -9,6 +9,7 @@ from ploopd.control import messages
 from ploopd.control.context import ControlContext
 from ploopd.control.server import Operation, Send
 from ploopd.devices import Device
+from ploopd.gate import errnos
 
 
 def operations(context: ControlContext) -> list[Operation]:
@@ -71,6 +72,7 @@ def details(context: ControlContext, device: Device) -> messages.DeviceDetails:
         full=None if gate.full is None else str(gate.full),
         journal=journal_details(device),
         recovery=context.automation.describe(device),
+        standby_errnos=errnos.names(gate.standby_errnos),
     )
 
 
