@@ -1,20 +1,22 @@
 #!/bin/bash
-# run.sh [-m MEM] [-s SCRATCH] [-t TIMEOUT_S] [-o OUT] -- CMD [ARGS...]
+# run.sh [-m MEM] [-s SCRATCH] [-t TIMEOUT_S] [-o OUT] [-i systemd] -- CMD [ARGS...]
 #
 # Run CMD as root in a user-mode-linux guest whose root is this machine's root file system (hostfs,
 # read-only) under a throwaway tmpfs overlay: the checkout, the venv and the interpreter have the same
 # paths in the guest, and everything the guest writes is gone afterwards.  /scratch in the guest is a
 # real ext4 (O_DIRECT, fallocate, hole punching) on a sparse file, /out is OUT of the host.
+# With -i systemd process 1 is systemd, and CMD one of its services.
 # Needs no privileges and no network.  Exit status: CMD's; 124 on time-out; 125 when there is no guest;
 # 126 when it died.
 set -u
-MEM=2G SCRATCH=4G TIMEOUT=170 OUT=
+MEM=2G SCRATCH=4G TIMEOUT=170 OUT= INIT=
 while [ $# -gt 0 ]; do
     case $1 in
     -m) MEM=$2; shift 2 ;;
     -s) SCRATCH=$2; shift 2 ;;
     -t) TIMEOUT=$2; shift 2 ;;
     -o) OUT=$2; shift 2 ;;
+    -i) INIT=$2; shift 2 ;;
     --) shift; break ;;
     *) break ;;
     esac
@@ -28,6 +30,7 @@ MODULES=${UML_MODULES:-/usr/lib/uml/modules}
 command -v mkfs.ext4 >/dev/null || missing="$missing e2fsprogs"
 command -v iscsid >/dev/null || missing="$missing open-iscsi"
 command -v modprobe >/dev/null || missing="$missing kmod"
+[ "$INIT" != systemd ] || [ -x /lib/systemd/systemd ] || missing="$missing systemd"
 if [ -n "$missing" ]; then
     echo "run.sh: no guest here: apt-get install$missing" >&2
     exit 125
@@ -63,7 +66,7 @@ timeout --kill-after=10 "$TIMEOUT" taskset -c "$CPU" \
     umid="ploopd$$" uml_dir="$RUN/uml/" root=/dev/root rootfstype=hostfs rootflags=/ ro quiet \
     init="$HERE/guest/init.sh" ubda="$RUN/scratch.img" con=null con0=null,fd:1 ssl=null \
     GUEST_RUN="$RUN" GUEST_OUT="$OUT" GUEST_MODULES="$MODULES" \
-    GUEST_CHECKOUT="$HERE" </dev/null 2>"$RUN/err" |
+    GUEST_CHECKOUT="$HERE" ${INIT:+GUEST_INIT="$INIT"} </dev/null 2>"$RUN/err" |
     grep --line-buffered -avE '^(Core dump limits|\s+(soft|hard) -|Checking |Adding [0-9]+ bytes|SELinux: |mmapper_init|reboot: System halted)'
 status=${PIPESTATUS[0]}
 [ -s "$RUN/rc" ] && exit "$(cat "$RUN/rc")"

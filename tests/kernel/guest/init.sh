@@ -44,6 +44,7 @@ mount -t ext4 -o noatime /dev/ubda /scratch
 ip link set lo up
 hostname guest
 : >/mnt/started
+[ "${GUEST_INIT:-}" != systemd ] || . "$GUEST_CHECKOUT/booted/boot.sh" # does not come back
 bash /mnt/cmd
 echo $? >/mnt/rc
 sync
