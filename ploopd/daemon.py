@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ from ploopd.control.handlers import all_operations
 from ploopd.control.interface import SERVICE_INTERFACE
 from ploopd.control.listener import ControlSocket, claim_control_socket
 from ploopd.control.server import ControlServer
-from ploopd.device_settings import device_luns, device_names, device_options, recovery_policy
+from ploopd.device_settings import device_luns, device_names, device_options
 from ploopd.device_table import DeviceTable
 from ploopd.devices import Device, Environment
 from ploopd.errors import ExitCode, PloopError, UnsupportedError
@@ -40,6 +40,8 @@ from ploopd.gate.events import Event, EventKind
 from ploopd.gate.state import GateState
 from ploopd.kernel_front_end import KernelFrontEnd
 from ploopd.lio_exports import LioExports
+from ploopd.luns import Luns
+from ploopd.reload import ConfigSource, Reloader, ReloadReport
 from ploopd.scsi.target import Target
 from ploopd.systemd import Notifier
 from scst_shim import StandbyCheck
@@ -72,24 +74,29 @@ Ready = Callable[[list[Export], Path], None]
 """Called with the LUNs and the path of the control socket."""
 
 
-async def serve_images(config: ServeConfig, ready: Ready, notifier: Notifier | None = None) -> None:
+async def serve_images(
+    config: ServeConfig,
+    ready: Ready,
+    notifier: Notifier | None = None,
+    source: ConfigSource | None = None,
+) -> None:
     """Serve until SIGINT or SIGTERM; calls `ready` once, when every LUN can be used.
 
-    `notifier` tells the service manager.
+    `notifier` tells the service manager.  With a `source` SIGHUP reads the configuration again.
 
     Raises `PloopError` when it cannot start (nothing is served then) and when an image could not be
     closed cleanly at the end.
     """
     config.check()
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
-        # The terminal was closed.  Under nohup the signal is ignored, and stays so.
+    if source is not None or signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        # Without files the terminal was closed.  Under nohup the signal is ignored, and stays so.
         numbers.append(signal.SIGHUP)
     with trio.open_signal_receiver(*numbers) as signals:
         control = claim_control_socket(config.control)
         try:
             async with _running_engine(config) as engine:
-                daemon = _Daemon(config, engine, control, notifier or Notifier({}))
+                daemon = _Daemon(config, engine, control, notifier or Notifier({}), source)
                 await daemon.run(signals, ready)
         finally:
             control.close()
@@ -130,7 +137,12 @@ class _Daemon:
     """The parts of one run."""
 
     def __init__(
-        self, config: ServeConfig, engine: IoEngine, control: ControlSocket, notifier: Notifier
+        self,
+        config: ServeConfig,
+        engine: IoEngine,
+        control: ControlSocket,
+        notifier: Notifier,
+        source: ConfigSource | None,
     ) -> None:
         self.config = config
         self.control = control
@@ -145,13 +157,25 @@ class _Daemon:
             config.iscsi, {config.iscsi.iqn: self.target}, clock=trio.current_time, storage=engine
         )
         self.portals: list[tuple[str, int]] = []
-        self.added: list[Device] = []
         self.fused = False
         self.view = None if config.sysfs is None else make_view(self.devices, config.sysfs)
         self.kernel = self._kernel_front_end() if config.lio else None
         self.exports = None if self.kernel is None else LioExports(self.devices, self.kernel)
         self.automation = Automation(control.path)
+        self.luns = Luns(self.devices, self.target, self.automation, self._users)
+        self.reloadable = source is not None
+        self.reloader = Reloader(
+            config,
+            source,
+            luns=self.luns,
+            table=self.devices,
+            automation=self.automation,
+            iscsi=self.iscsi,
+            kernel=None if self.kernel is None else self.kernel.devices,
+        )
+        self.hung_up = trio.Event()
         self.control_scope = trio.CancelScope()
+        self.reload_scope = trio.CancelScope()
         self.automation_scope = trio.CancelScope()
         self.asking = trio.CancelScope()
         self.stopping = trio.CancelScope(shield=True)
@@ -176,6 +200,7 @@ class _Daemon:
                 if await self._start(nursery, stop):
                     ready(self._exports(), self.control.path)
                     self.notifier.ready(self._status())
+                    nursery.start_soon(self._reload_on_signal)
                     await stop.wait()
             finally:
                 with self.stopping:
@@ -189,6 +214,9 @@ class _Daemon:
     async def _watch_signals(self, signals: AsyncIterator[int], stop: trio.Event) -> None:
         async for number in signals:
             log.info("event=signal name=%s", signal.Signals(number).name)
+            if number == signal.SIGHUP and self.reloadable:
+                self.hung_up.set()
+                continue
             if self.asking.cancel_called:
                 self.stopping.cancel()
             elif stop.is_set():
@@ -241,24 +269,35 @@ class _Daemon:
         self.check.enable()  # the front ends begin: whatever they do, a device needs its EN as well
         self.fused = True
         configs = self.config.devices
-        for name, lun, config in zip(
-            device_names(configs), device_luns(configs), configs, strict=True
-        ):
-            device = await self.devices.add(config.image, device_options(config), name=name)
-            self.automation.add(device, recovery_policy(config))
-            self.target.add_unit(lun, device.unit)
-            device.bind()
-            self.added.append(device)
-            for note in device.volume.notes:
-                log.warning("event=image-note device=%s note=%r", device.name, note)
-            log.info(
-                "event=device-opened device=%s lun=%d image=%r size=%d read_only=%s",
-                device.name,
-                lun,
-                device.image,
-                device.size,
-                device.gate.read_only,
-            )
+        names, numbers = device_names(configs), device_luns(configs)
+        for name, number, config in zip(names, numbers, configs, strict=True):
+            device = await self.luns.open(name, config)
+            self.luns.offer(number, device, config)
+
+    def _users(self, device: Device) -> str | None:
+        """What uses the device beside the embedded target."""
+        if self.kernel is not None and (count := self.kernel.devices.users(device)):
+            return f"backstores of the kernel's target use it: {count}"
+        if self.view is not None and (count := self.view.users(device)):
+            return f"its file in the view is open {count} times"
+        return None
+
+    async def _reload(self, force: bool) -> ReloadReport:
+        """See `Reloader.reload`."""
+        self.notifier.reloading()
+        try:
+            return await self.reloader.reload(force=force)
+        finally:
+            if not self.reload_scope.cancel_called:
+                self.notifier.ready(self._status())
+
+    async def _reload_on_signal(self) -> None:
+        with self.reload_scope:
+            while True:
+                await self.hung_up.wait()
+                self.hung_up = trio.Event()
+                with suppress(PloopError):  # the log says why
+                    await self._reload(force=False)
 
     def _control_server(self) -> ControlServer:
         if self.control.instead_of is not None:
@@ -278,6 +317,7 @@ class _Daemon:
             automation=self.automation,
             lio=self.exports,
             config_text=self._config_text,
+            reload=self._reload,
         )
         info = messages.ServiceInfo(
             vendor="ploopd",
@@ -290,12 +330,11 @@ class _Daemon:
 
     def _config_text(self) -> str:
         devices = [(device.name, device.image) for device in self.devices]
-        return config_text(self.config, devices, listens=bool(self.portals))
+        return config_text(self.reloader.config, devices, listens=bool(self.portals))
 
     def _urls(self, name: str) -> list[str]:
         """Where initiators find the device called `name`."""
-        unit = self.devices.get(name).unit
-        luns = [lun for lun, each in self.target.units.items() if each is unit]
+        luns = self.luns.numbers_of(self.devices.get(name))
         return [
             f"iscsi://{format_address(host, port)}/{self.target.name}/{lun}"
             for host, port in self.portals
@@ -325,7 +364,10 @@ class _Daemon:
         self.notifier.stopping()
         # A replacement that is under way ends here, in one piece or in standby.
         self.control_scope.cancel()
+        self.reload_scope.cancel()
         self.automation_scope.cancel()
+        with trio.move_on_after(CLOSE_SECONDS):
+            await self.reloader.idle()
         problems = self._unexecuted()  # a session that ends drops what it has parked
         with self.asking, trio.move_on_after(2 * LOGOUT_GRACE):
             await self.iscsi.shutdown(LOGOUT_GRACE)
@@ -348,9 +390,7 @@ class _Daemon:
 
     def _take_fuses_out(self) -> None:
         """The front ends have ended: nobody promises any more to clear standby."""
-        for device in self.added:
-            device.unbind()
-        self.added.clear()
+        self.luns.unbind()
         if self.fused:
             self.check.disable()
             self.fused = False

@@ -116,5 +116,10 @@ def start_logging(level: str, stream: TextIO) -> BackgroundHandler:
         handler.setFormatter(logging.Formatter(FORMAT))
     root = logging.getLogger()
     root.addHandler(handler)
-    root.setLevel(level.upper())
+    set_level(level)
     return handler
+
+
+def set_level(level: str) -> None:
+    """Log what is of this level or above: debug, info, warning, error."""
+    logging.getLogger().setLevel(level.upper())

@@ -14,6 +14,7 @@ _COMMANDS = {
     "image": ("ploopd.cli.image:image", "Create, inspect and check images; needs no daemon."),
     "device": ("ploopd.cli.device:device", "The disks of a running daemon."),
     "lio": ("ploopd.cli.lio:lio", "Devices as LUNs of the kernel's own iSCSI target."),
+    "reload": ("ploopd.cli.reload:reload", "Let a daemon read its configuration again."),
     "events": ("ploopd.cli.events:events", "What happened to the devices, and what happens."),
     "info": ("ploopd.cli.info:info", "Version, portals and uptime of a running daemon."),
     "shell": ("ploopd.cli.shell:shell", "The daemon as a tree, as targetcli has it."),

@@ -20,17 +20,24 @@ CONFIG = click.option(
 @click.command("run")
 @CONFIG
 def run_service(config: Path) -> None:
-    """Serve the devices of the configuration files until SIGINT or SIGTERM.
+    """Serve the devices of the configuration files until SIGINT or SIGTERM; SIGHUP reads them
+    again.
 
     The same daemon as `serve`, for a service manager: systemd is told when it is ready, and its
     watchdog is fed. If one of the devices cannot be served none is.
     """
     from ploopd.cli.running import print_exports, run_daemon
-    from ploopd.config_file import check_config, load_config
+    from ploopd.config_file import RunConfig, check_config, load_config
+    from ploopd.reload import ConfigSource
 
-    loaded = load_config(config)
-    check_config(loaded)
-    run_daemon(loaded.serve, loaded.log_level, print_exports)
+    def load() -> RunConfig:
+        loaded = load_config(config)
+        check_config(loaded)
+        return loaded
+
+    loaded = load()
+    source = ConfigSource(load=load, log_level=loaded.log_level)
+    run_daemon(loaded.serve, loaded.log_level, print_exports, source)
 
 
 @click.command("check-config")

@@ -18,17 +18,23 @@ from ploopd.units import format_size_exact
 
 if TYPE_CHECKING:
     from ploopd.config import ServeConfig
+    from ploopd.reload import ConfigSource
 
 
-def run_daemon(config: ServeConfig, log_level: str, ready: Ready) -> None:
-    """Run until a signal ends it; `ready` is called when every LUN can be used."""
+def run_daemon(
+    config: ServeConfig, log_level: str, ready: Ready, source: ConfigSource | None = None
+) -> None:
+    """Run until a signal ends it; `ready` is called when every LUN can be used.
+
+    `source` is where the configuration can be read again.
+    """
     # The soft limit protects programs that use select(); chains and sessions need more than 1024.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     log = start_logging(log_level, sys.stderr)
     try:
         with Notifier() as notifier:
-            trio.run(serve_images, config, ready, notifier)
+            trio.run(serve_images, config, ready, notifier, source)
     finally:
         log.close()
 

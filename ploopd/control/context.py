@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ploopd.control.automation import Automation
 from ploopd.control.event_log import EventLog
@@ -13,6 +14,9 @@ from ploopd.devices import Device
 from ploopd.errors import NotFoundError
 from ploopd.lio_exports import LioExports
 
+if TYPE_CHECKING:
+    from ploopd.reload import ReloadReport
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlContext:
@@ -20,8 +24,9 @@ class ControlContext:
 
     `urls(device)` are the URLs of a device; `started` is on the devices' clock.
     `event_log` has what happened to them, `automation` recovers them.
-    `config_text()` is the configuration as it is now, as TOML.  `lio` exports them through the
-    kernel's target, if this daemon serves that.
+    `config_text()` is the configuration as it is now, as TOML, and `reload(force)`
+    reads the files of it again, if there are any.  `lio` exports the devices through the kernel's
+    target, if this daemon serves that.
     """
 
     devices: DeviceTable
@@ -33,6 +38,7 @@ class ControlContext:
     event_log: EventLog
     automation: Automation
     lio: LioExports | None = None
+    reload: Callable[[bool], Awaitable[ReloadReport]] | None = None
     config_text: Callable[[], str] = str
 
     def find(self, name: str) -> Device:

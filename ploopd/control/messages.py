@@ -179,9 +179,13 @@ class ClearLatchReply(Message, frozen=True, kw_only=True):
 
 
 class StandbyState(Message, frozen=True, kw_only=True):
-    """The state string: `not supported`, `on` or `off`."""
+    """The state string: `not supported`, `on` or `off`.
+
+    `executing`: requests that the storage has and has not answered; while there are none, a device
+    in standby leaves its image alone."""
 
     standby: str
+    executing: int = 0
 
 
 class StandbyWaitParameters(Message, frozen=True, kw_only=True):
@@ -289,6 +293,31 @@ class ConfigText(Message, frozen=True, kw_only=True):
     toml: str
 
 
+class ReloadAll(Message, frozen=True, kw_only=True):
+    """Read the configuration files again.  `force`: devices in standby are removed, too, if the
+    files do not name them any more; what waits for them fails."""
+
+    force: bool = False
+
+
+class ReloadRefusal(Message, frozen=True, kw_only=True):
+    """Something that was not done for a device, and why."""
+
+    device: str
+    reason: str
+
+
+class ReloadReply(Message, frozen=True, kw_only=True):
+    """Names of devices that were added and removed, keys whose values hold now, what was not done,
+    and keys whose values hold after the next start only (`daemon.sysfs`, `DEVICE.cache`)."""
+
+    added: list[str]
+    removed: list[str]
+    changed: list[str]
+    refused: list[ReloadRefusal]
+    needs_restart: list[str]
+
+
 class ServiceInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The reply of `org.varlink.service.GetInfo`."""
 
@@ -330,6 +359,12 @@ GET_CONFIG = Method(
     parameters=Empty,
     reply=ConfigText,
     help="The configuration as it is now, as a file for `ploopd run`.",
+)
+RELOAD = Method(
+    name="Reload",
+    parameters=ReloadAll,
+    reply=ReloadReply,
+    help="Read the configuration files again; a mistake in them changes nothing.",
 )
 LIST_DEVICES = Method(
     name="ListDevices",
@@ -424,6 +459,7 @@ LIO_RESTORE = Method(
 METHODS: tuple[Method, ...] = (
     GET_INFO,
     GET_CONFIG,
+    RELOAD,
     LIST_DEVICES,
     SHOW_DEVICE,
     REPLACE_DEVICE,

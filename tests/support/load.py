@@ -160,7 +160,8 @@ class Load:
     """Keeps `depth` requests in flight on the blocks in `area` and checks everything that returns.
 
     Without `overlap` no two requests in flight touch the same block.  With it, writes may race on
-    one block, and the one issued last must win.
+    one block, and the one issued last must win.  `repeat`: what ends with a unit attention is sent
+    again, as every driver of a disk does; `attentions` are those that were seen.
     """
 
     def __init__(
@@ -173,6 +174,7 @@ class Load:
         seed: int = 1,
         mix: Mix | None = None,
         overlap: bool = False,
+        repeat: bool = False,
     ) -> None:
         self.initiator = initiator
         self.journal = journal
@@ -180,6 +182,8 @@ class Load:
         self.depth = depth
         self.mix = mix or Mix()
         self.overlap = overlap
+        self.repeat = repeat
+        self.attentions: list[str] = []
         self.random = random.Random(seed)
         self.completed = 0
         self.longest = 0.0
@@ -302,19 +306,22 @@ class Load:
 
     def _submit_flush(self) -> None:
         request = _Request("flush", range(0), snapshot=self.journal.snapshot())
-        request.started = time.monotonic()
-        self._requests[self.initiator.synchronize_cache()] = request
+        self._send(request)
 
     def _submit(self, request: _Request) -> None:
-        blocks, journal, initiator = request.blocks, self.journal, self.initiator
-        lba, sectors = blocks.start * SECTORS, len(blocks) * SECTORS
+        blocks = request.blocks
         is_write = request.kind in ("write", "zero", "unmap")
         for block in blocks:
             # Writers are counted up, the single reader that is allowed is -1.
             self._busy[block] = self._busy.get(block, 0) + 1 if is_write else -1
         if is_write:
             zero = request.kind != "write"
-            request.versions = [journal.issue(block, zero=zero) for block in blocks]
+            request.versions = [self.journal.issue(block, zero=zero) for block in blocks]
+        self._send(request)
+
+    def _send(self, request: _Request) -> None:
+        blocks, journal, initiator = request.blocks, self.journal, self.initiator
+        lba, sectors = blocks.start * SECTORS, len(blocks) * SECTORS
         if request.kind == "write":
             pairs = zip(blocks, request.versions, strict=True)
             tag = initiator.write(lba, b"".join(journal.codec.make(b, v) for b, v in pairs))
@@ -322,6 +329,8 @@ class Load:
             tag = initiator.write_zeroes(lba, sectors)
         elif request.kind == "unmap":
             tag = initiator.unmap(lba, sectors)
+        elif request.kind == "flush":
+            tag = initiator.synchronize_cache()
         else:
             tag = initiator.read(lba, sectors)
         request.started = time.monotonic()
@@ -332,6 +341,10 @@ class Load:
             return
         request = self._requests.pop(answer.tag)
         self.longest = max(self.longest, time.monotonic() - request.started)
+        if self.repeat and answer.sense_text.startswith("sense 06"):
+            self.attentions.append(answer.sense_text)
+            self._send(request)
+            return
         if answer.status != GOOD:
             raise LoadError(
                 f"{request.kind} of blocks {request.blocks} ended with {answer.sense_text}"
