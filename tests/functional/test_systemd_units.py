@@ -122,6 +122,12 @@ def test_what_the_services_may_do_is_little(destination: Path, name: str, most: 
     assert run(analyze, "security", "--offline=true", threshold, path).returncode == 0
 
 
+def test_the_readme_says_how_much_that_is(destination: Path) -> None:
+    embedded, root = (exposure(unit(destination, name)) for name in ("ploopd-embedded", "ploopd"))
+    readme = (ROOT / "README.md").read_text()
+    assert f"(`systemd-analyze security`: {embedded} and {root})" in readme
+
+
 def test_the_drop_in_for_the_view(destination: Path, tmp_path: Path) -> None:
     service = tmp_path / "ploopd.service"
     shutil.copy(unit(destination, "ploopd"), service)
