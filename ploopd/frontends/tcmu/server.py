@@ -76,6 +76,7 @@ class TcmuServer:
         self._started: dict[UioDevice, trio.Event] = {}
         self._failures: dict[UioDevice, PloopError] = {}
         self._waiting: set[UioDevice] = set()
+        self._gone: set[UioDevice] = set()
         self._wake = trio.Event()
         self._changed = trio.Event()
         self._stopping = False
@@ -139,8 +140,9 @@ class TcmuServer:
         except PloopError as error:
             log.warning("event=tcmu-scan error=%r", str(error))
             return
+        self._gone &= set(devices)
         for uio in devices:
-            if uio not in self._known and not self._stopping:
+            if uio not in self._known and uio not in self._gone and not self._stopping:
                 self._known[uio] = trio.CancelScope()
                 self._ended[uio] = trio.Event()
                 self._started[uio] = trio.Event()
@@ -236,6 +238,7 @@ class TcmuServer:
                 except OSError as error:
                     if error.errno != errno.ENOBUFS:  # events were lost: look ourselves
                         raise
+                    self._gone.clear()
                     self._wake.set()
                     continue
                 if sender[0] != KERNEL[0]:
@@ -295,6 +298,7 @@ class TcmuServer:
         return waits
 
     async def _added(self, uio: UioDevice, event: netlink.Event) -> None:
+        self._gone.discard(uio)
         await self._until_started(uio)
         failure = self._failures.get(uio)
         if failure is not None:
@@ -311,6 +315,7 @@ class TcmuServer:
             await trio.sleep(0.02)
 
     async def _removed(self, uio: UioDevice, event: netlink.Event) -> None:
+        self._gone.add(uio)  # sysfs shows it for a while, and nobody must open it again
         ended = self._ended.get(uio)
         if ended is None:
             return
