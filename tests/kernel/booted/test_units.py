@@ -109,14 +109,35 @@ def test_root_with_little_to_say(service: str) -> None:
     assert score == "-900\n"
 
 
+def test_the_configuration_is_read_again(service: str) -> None:
+    before = main_process(service)
+    with (IMAGES / "c.raw").open("wb") as image:
+        image.truncate(16 << 20)
+    configure(f'{CONFIG}[[device]]\nimage = "{IMAGES}/c.raw"\n')
+    sh("systemctl", "reload", service)  # has been done when this returns
+    assert [one["name"] for one in ctl_json("device", "list")] == ["a", "b", "c"]
+    configure(f"{CONFIG}[[devices]]\n")
+    assert "failed" in sh("systemctl", "reload", service, check=False)
+    assert len(ctl_json("device", "list")) == 3
+    configure(CONFIG)
+    sh("systemctl", "reload", service)
+    assert [one["name"] for one in ctl_json("device", "list")] == ["a", "b"]
+    assert show(service, "ActiveState") == "active"
+    assert show(service, "StatusText") == "serving 2 devices"
+    assert main_process(service) == before
+
+
 def test_a_restart_a_hang_and_a_stop_under_load(service: str, initiator: OpenIscsi) -> None:
     ctl("lio", "export", "a", "--iqn", IQN, "--acl", "iqn.2026-01.org.ploopd:guest")
     initiator.discover(URL)
     initiator.update(URL, "node.session.timeo.replacement_timeout", "120")
     disk = initiator.login(URL)
     with Load(disk).running() as load:
+        sh("systemctl", "reload", service)
+        load.goes_on()
+
         before = main_process(service)
-        sh("systemctl", "reload-or-restart", service)
+        sh("systemctl", "restart", service)
         assert main_process(service) != before
         load.goes_on()
 
@@ -197,7 +218,8 @@ def test_without_any_privilege(service: str) -> None:
     denied = sh("setpriv", f"--reuid={uid}", "--clear-groups", "cat", secrets, check=False)
     assert "Permission denied" in denied
     assert ctl_json("info")["pid"] == main_process(unit)  # root's ploopctl finds it
-    sh("systemctl", "restart", unit)
+    sh("systemctl", "reload", unit)
+    assert ctl_json("info")["pid"] == main_process(unit)
     sh("systemctl", "stop", unit)
     assert show(unit, "Result") == "success"
 
