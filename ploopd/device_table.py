@@ -56,7 +56,8 @@ class DeviceTable:
             raise UsageError("another device has that name", field="name", value=name)
         name = name or unique_name(device_name(image), self._devices)
         device = await Device.open(image, name=name, env=self.env, options=options, opener=opener)
-        self._scopes[name] = await self._nursery.start(self._run_device, device)
+        with trio.CancelScope(shield=True):  # nobody else would close it
+            self._scopes[name] = await self._nursery.start(self._run_device, device)
         self._devices[name] = device
         self._changed()
         return device

@@ -32,11 +32,15 @@ Users = Callable[[Device], str | None]
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Lun:
-    """A device with its number and that configuration of it that is in force."""
+    """A device with its number and that configuration of it that is in force.
+
+    `streaming`: who was sending data when it was to be taken away and was not.
+    """
 
     number: int
     device: Device
     config: DeviceConfig
+    streaming: tuple[ItlNexus, ...] = ()
 
 
 class Luns:
@@ -100,7 +104,7 @@ class Luns:
         if reason is not None:
             return reason
         async with self._automation.operator(device):
-            itls = tuple(device.unit.itls)
+            itls = (*lun.streaming, *device.unit.itls)
             self._target.remove_unit(lun.number)
             if force and device.gate.state is not GateState.ACTIVE:
                 device.give_up()
@@ -113,6 +117,7 @@ class Luns:
                 reason = f"commands in execution did not end within {DRAIN_SECONDS:g} s"
             if reason is not None:
                 self._target.add_unit(lun.number, device.unit)
+                lun.streaming = tuple(itl for itl in itls if itl.streams)
                 return reason
         self._automation.remove(device)
         self._luns.remove(lun)

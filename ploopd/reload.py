@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import trio
 
@@ -26,7 +27,7 @@ from ploopd.device_settings import (
 )
 from ploopd.device_table import DeviceTable
 from ploopd.devices import Device
-from ploopd.errors import PloopError, UnsupportedError, UsageError
+from ploopd.errors import ExitCode, PloopError, UnsupportedError, UsageError
 from ploopd.frontends.iscsi.server import IscsiServer
 from ploopd.kernel_devices import KernelDevices
 from ploopd.logs import set_level
@@ -40,6 +41,14 @@ _RECOVERY: Final = frozenset(
 _AT_RUN_TIME: Final = _RECOVERY | {"park_max", "extra_standby_errnos"}
 _ACCESS: Final = {"acl": "iscsi.acl", "chap": "iscsi.chap_files", "insecure": "iscsi.insecure"}
 _PLACES: Final = {"control": "daemon.control", "sysfs": "daemon.sysfs", "lio": "lio.serve"}
+
+LOAD_SECONDS = 30.0
+"""For the files to be read, and the directories that they name to be looked at."""
+
+OPEN_SECONDS = 300.0
+"""For one image to be opened, which may begin with a check."""
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -250,7 +259,11 @@ class Reloader:
                 "the daemon was started without configuration files",
                 hint="only `ploopd run` has something to read again",
             )
-        loaded = await trio.to_thread.run_sync(self._source.load, abandon_on_cancel=True)
+        loaded = await _within(
+            LOAD_SECONDS,
+            "reading the configuration",
+            partial(trio.to_thread.run_sync, self._source.load, abandon_on_cancel=True),
+        )
         names = [device.name for device in self._table]
         plan = make_plan(
             tuple(self._luns), loaded.serve.devices, names=names, retired=self._luns.retired
@@ -290,7 +303,12 @@ class Reloader:
         try:
             for new in added:
                 self._check_unserved(new.config)
-                opened.append((new, await self._luns.open(new.name, new.config)))
+                device = await _within(
+                    OPEN_SECONDS,
+                    f"opening {new.config.image}",
+                    partial(self._luns.open, new.name, new.config),
+                )
+                opened.append((new, device))
         except PloopError:
             for _, device in opened:
                 await self._luns.close(device)
@@ -357,6 +375,13 @@ class Reloader:
         if _RECOVERY.intersection(keys):
             self._automation.change(lun.device, recovery_policy(config))
         return [f"{lun.device.name}.{key}" for key in keys]
+
+
+async def _within(seconds: float, what: str, work: Callable[[], Awaitable[T]]) -> T:
+    """Raises `PloopError` (exit code TIMEOUT) when the time is up."""
+    with trio.move_on_after(seconds):
+        return await work()
+    raise PloopError(f"{what} took more than {seconds:g} s", exit_code=ExitCode.TIMEOUT)
 
 
 def _log(report: ReloadReport) -> None:
