@@ -223,6 +223,7 @@ class Recoverer:
         self._replacing = self._overtaken = False
         self._ended = trio.Event()
         self._scope = trio.CancelScope()
+        self._pause = trio.CancelScope()
         self._unsubscribe = device.env.events.subscribe(self._on_event)
 
     # -- what the operator does ------------------------------------------------------------
@@ -257,6 +258,7 @@ class Recoverer:
         self._episode.delay = policy.delay
         if other and self._attempt is not None:
             self._attempt.cancel()
+        self._pause.cancel()  # what is new may help at once
         self._wake()
 
     def stop(self) -> None:
@@ -289,7 +291,7 @@ class Recoverer:
                 await self._try()
                 pause = episode.delay * self._rng.uniform(1 - JITTER, 1 + JITTER)
                 episode.delay = min(2 * episode.delay, self._policy.delay_max)
-                with trio.move_on_after(pause):
+                with trio.move_on_after(pause) as self._pause:
                     while self._wanted():
                         await self._wait()
 

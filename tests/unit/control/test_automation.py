@@ -498,3 +498,64 @@ async def test_the_end_comes_while_a_command_runs(autojump_clock: trio.testing.M
         r.fail()
         await trio.sleep(1)
     assert r.hook_stopped == 1
+
+
+async def test_another_policy_holds_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    async with rig(delay=20.0) as r:
+        device = cast(Device, r.device)
+        r.device.volume_open = False
+        r.files.verdicts["/a"] = StorageError(errno.EIO, "open")
+        r.fail()
+        await trio.sleep(5)
+        assert len(r.files.asked) == 1
+        r.automation.change(device, RecoveryPolicy(mode="reopen", candidates=("/b",)))
+        await trio.sleep(0.5)
+        assert r.files.asked[-1] == (5, "replace", "/b")
+        assert r.gate.state is GateState.ACTIVE
+        r.automation.change(device, RecoveryPolicy(mode="command", command=("/x",), delay=1.0))
+        r.hook_seconds = 50.0
+        r.fail()
+        await trio.sleep(1.5)
+        assert len(r.hooks) == 1
+        # An attempt of a mode that is no more is stopped, and by hand is by hand.
+        r.automation.change(device, RecoveryPolicy())
+        await trio.sleep(100)
+        assert (r.hook_stopped, len(r.hooks)) == (1, 1)
+        assert r.automation.describe(device) == "manual"
+        r.automation.hold(device)
+        assert EventKind.HELD not in r.kinds()
+        r.automation.change(device, RecoveryPolicy(mode="reopen", candidates=("/b",)))
+        await trio.sleep(0.5)
+        assert r.gate.state is GateState.ACTIVE
+
+
+async def test_a_device_that_goes_away_is_not_recovered(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with rig() as r:
+        r.automation.remove(cast(Device, r.device))
+        r.fail()
+        await trio.sleep(50)
+        assert r.files.asked == []
+        assert r.bus._subscribers == [r.events.append]
+
+
+async def test_who_is_recovered_by_hand_can_be_recovered_automatically_later(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    made = Rig(RecoveryPolicy())
+    del made.automation._recoverers["disk"]
+    made.automation._hook = made.hook
+    device = cast(Device, made.device)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(made.automation.run)
+        made.automation.add(device, RecoveryPolicy())
+        made.automation.change(device, RecoveryPolicy(delay=2.0))
+        assert made.automation._recoverers == {}
+        made.fail()
+        await trio.sleep(10)
+        assert made.hooks == []
+        made.automation.change(device, RecoveryPolicy(mode="command", command=("/x",)))
+        await trio.sleep(0.5)
+        assert [at for at, _ in made.hooks] == [10]
+        nursery.cancel_scope.cancel()

@@ -214,3 +214,17 @@ def test_disks_may_be_written_in_parallel() -> None:
             bytearray(wire.reply(2, 16) + struct.pack("=QII", handle, 1, 0))
         )
         assert struct.unpack("=QII", session.kernel.got.pop()[2])[1] == flags
+
+
+def test_the_file_of_a_device_that_has_gone_fails_until_it_is_closed() -> None:
+    session = Session()
+    assert session.handles.count(session.disk) == 1
+    session.handles.forget(session.disk)
+    assert session.handles.count(session.disk) == 0
+    session.ask(wire.Opcode.WRITE, writing(session.handle, 0, b"hello"), 2)
+    session.ask(wire.Opcode.FSYNC, struct.pack("=QII", session.handle, 1, 0), 4)
+    assert session.kernel.got == [(2, errno.ENODEV, b""), (4, errno.ENODEV, b"")]
+    assert session.device.memory.log == []
+    session.handles.close(session.handle)
+    session.ask(wire.Opcode.FSYNC, struct.pack("=QII", session.handle, 1, 0), 6)
+    assert session.kernel.got[-1] == (6, errno.EBADF, b"")
