@@ -16,7 +16,7 @@ from ploopd.units import format_size, format_size_exact
 
 if TYPE_CHECKING:
     from ploopd.control.client import ControlClient
-    from ploopd.control.messages import DeviceDetails, JournalDetails
+    from ploopd.control.messages import DeviceDetails, JournalDetails, StandbyState
 
 _DEVICE = click.argument("device", shell_complete=complete_device)
 
@@ -131,8 +131,8 @@ def standby(
 
     `show` prints the state string: `not supported`, `on` or `off`. `enter` parks all requests until
     `leave`, which goes on with the same storage, or `device replace`; nothing recovers the device
-    by itself meanwhile. `wait --state on|off` returns
-    when the state is reached, or fails with exit code 7.
+    by itself meanwhile. It returns when those in execution have ended, so that the image can be
+    copied. `wait --state on|off` returns when the state is reached, or fails with exit code 7.
     """
     if (action == "wait") != (state is not None):
         raise UsageError(
@@ -143,15 +143,21 @@ def standby(
     with _client(control, timeout + 2.0 if action == "wait" else timeout) as client:
         reached = _standby_call(client, device, action, state, timeout)
     if action == "show":
-        click.echo(reached)
-    else:
-        click.echo(f"{device}: standby is {reached}", err=True)
+        click.echo(reached.standby)
+        return
+    click.echo(f"{device}: standby is {reached.standby}", err=True)
+    if action == "enter" and reached.executing:
+        click.echo(
+            f"{device}: {reached.executing} requests have not come back from the storage: a copy "
+            "of the image that is made now may lack them",
+            err=True,
+        )
 
 
 def _standby_call(
     client: ControlClient, device: str, action: str, state: str | None, timeout: float
-) -> str:
-    """The state string after `action`."""
+) -> StandbyState:
+    """The state after `action`."""
     from ploopd.control import messages
 
     if action == "wait":
@@ -162,7 +168,7 @@ def _standby_call(
             messages.StandbyState,
             parameters,
             waiting=f"standby of {device} to be {state}",
-        ).standby
+        )
     method = {
         "show": messages.STANDBY_SHOW,
         "enter": messages.STANDBY_ENTER,
@@ -173,4 +179,4 @@ def _standby_call(
         messages.StandbyState,
         messages.DeviceName(name=device),
         waiting=f"{device} to answer `standby {action}`",
-    ).standby
+    )

@@ -291,3 +291,54 @@ def test_a_target_that_stops_in_standby_leaves_an_image_that_opens_again(
             assert second.stop() == 0
     assert oracles.in_use_word(disk) == 0
     assert oracles.bat_problems(disk) == []
+
+
+@pytest.mark.fuse
+def test_entering_standby_waits_for_what_is_being_executed(tmp_path: Path) -> None:
+    """When `enter` has returned the image may be copied: everything answered later is parked."""
+    source = tmp_path / "source"
+    source.mkdir()
+    delta = images.write_delta(source / "disk.hds", 64 * MIB, {}, cluster_size=65536)
+    with FaultFs(source, tmp_path / "mount") as storage:
+        server = ServeProcess(storage.mountpoint / "disk.hds", directory=tmp_path)
+        with server, Initiator(server.url) as initiator:
+            prepare(initiator)
+            initiator.good(initiator.synchronize_cache())
+            storage.delay("disk.hds", "write", seconds=1.0)
+            tag = initiator.write(0, AFTER)
+            assert initiator.poll(0.3) == []
+            enter(server)
+            seen = oracles.read_through_qemu(
+                [("parallels", closed_copy(delta))], tmp_path / "seen.raw"
+            )
+            assert seen.read_bytes()[:BLOCK] == AFTER
+            initiator.good(tag)
+
+
+def closed_copy(delta: Path) -> Path:
+    """A copy that QEMU opens although the original is in use."""
+    copy = delta.with_name("copy.hds")
+    content = bytearray(delta.read_bytes())
+    content[44:48] = bytes(4)
+    copy.write_bytes(content)
+    return copy
+
+
+@pytest.mark.fuse
+def test_a_storage_that_hangs_is_not_waited_for_when_standby_is_entered(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    images.write_delta(source / "disk.hds", 64 * MIB, {}, cluster_size=65536)
+    with FaultFs(source, tmp_path / "mount") as storage:
+        server = ServeProcess(storage.mountpoint / "disk.hds", directory=tmp_path)
+        with server, Initiator(server.url) as initiator:
+            prepare(initiator)
+            storage.hang("disk.hds", "write")
+            tag = initiator.write(0, AFTER)
+            assert initiator.poll(0.3) == []
+            told = server.ctl("device", "standby", "disk", "enter").stderr
+            assert "1 requests have not come back from the storage" in told
+            storage.clear()
+            storage.release()
+            initiator.good(tag)
+            leave(server)

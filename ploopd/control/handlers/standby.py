@@ -12,6 +12,11 @@ from ploopd.devices import Device
 from ploopd.errors import ExitCode, PloopError, UsageError
 from scst_shim import StandbyState
 
+REST_SECONDS = 5.0
+"""For requests in execution to end when an operator enters standby."""
+
+REST_LOOK = 0.005
+
 LONGEST_WAIT = 7 * 24 * 3600.0
 """Seconds that one StandbyWait may take."""
 
@@ -26,6 +31,7 @@ def operations(context: ControlContext) -> list[Operation]:
         device = context.find(parameters.name)
         device.gate.enter_standby("entered by ploopctl")
         context.automation.hold(device)
+        await _come_to_rest(device)
         return _state(device)
 
     async def leave(parameters: messages.DeviceName, _send: Send) -> messages.StandbyState:
@@ -53,7 +59,16 @@ def operations(context: ControlContext) -> list[Operation]:
 
 
 def _state(device: Device) -> messages.StandbyState:
-    return messages.StandbyState(standby=device.gate.standby_text)
+    gate = device.gate
+    return messages.StandbyState(standby=gate.standby_text, executing=gate.executing_count)
+
+
+async def _come_to_rest(device: Device) -> None:
+    """Let what is being executed end, so that the image may be copied; a storage that hangs is not
+    waited for."""
+    with trio.move_on_after(REST_SECONDS):
+        while device.gate.executing_count:  # noqa: ASYNC110 (the gate's event is the replace's)
+            await trio.sleep(REST_LOOK)
 
 
 async def _wait_for(device: Device, wanted: str, timeout: float) -> None:
