@@ -1,6 +1,7 @@
 """What a machine does not have must not look like a failure of ploopd.
 
-A program that is not installed skips the test that needs it; a long TMPDIR is not used.
+A program that is not installed skips the test that needs it; a long TMPDIR is not used; how long an
+example takes is nothing that a property test judges by.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.oracles import PACKAGES
 
 LONGEST_TEMPORARY = 16
 """A Unix socket's path has 107 bytes at most; pytest's part, with the user's name, is up to 90."""
+
+
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -76,6 +76,7 @@ async def _idle(core: Core) -> None:
             idle.set()
 
         core.requests.on_idle = ended
+        core.kick()  # what was started and nobody has kicked would never end
         await idle.wait()
         if abandoned:
             raise abandoned[0]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from ploopd.errors import StorageError
 from ploopd.fileio import lane as file_lane
@@ -194,6 +195,17 @@ async def test_closing_waits_for_it(tmp_path: Path, promoted: bool) -> None:
             assert lane_request_refused(subject)
             os.write(pipe, bytes(BLOCK))
         assert subject.answers == [None]
+
+
+@pytest.mark.trio
+async def test_closing_begins_what_nobody_has_kicked(tmp_path: Path) -> None:
+    async with bench(tmp_path) as subject:
+        with trio.fail_after(10):
+            while subject.engine._watch.own_operations:  # noqa: ASYNC110 - its clock kicks, too
+                await trio.sleep(0.01)
+        await trio.testing.wait_all_tasks_blocked()
+        subject.begin(0)
+    assert subject.answers == [None]
 
 
 def lane_request_refused(subject: Bench) -> bool:
