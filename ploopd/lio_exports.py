@@ -57,14 +57,22 @@ class _Memory(msgspec.Struct, kw_only=True):
 
 
 class LioExports:
-    """Exports devices of `table`, which `front_end` serves; `state`: where that is written down."""
+    """Exports devices of `table`, which `front_end` serves.  `state`: where that is written down;
+    `kernel` looks at the kernel's target as it is now.
+    """
 
     def __init__(
-        self, table: DeviceTable, front_end: KernelFrontEnd, *, state: Path = STATE_FILE
+        self,
+        table: DeviceTable,
+        front_end: KernelFrontEnd,
+        *,
+        state: Path = STATE_FILE,
+        kernel: Callable[[], Lio] = Lio,
     ) -> None:
         self._table = table
         self._front_end = front_end
         self._state = state
+        self._kernel = kernel
         self._changing = trio.Lock()
         self._limiter = trio.CapacityLimiter(2)
 
@@ -129,8 +137,9 @@ class LioExports:
             for export in gone:
                 left = _inherited(left, export)
             for export in gone:
-                await self._in_thread(partial(self._unmake, export), f"unexporting {device}")
-            if not any(each.device == device for each in left) and gone[0].backstore_made:
+                await self._in_thread(partial(self._unmake, export, left), f"unexporting {device}")
+            made = any(export.backstore_made for export in gone)
+            if made and not any(each.device == device for each in left):
                 await self._in_thread(
                     partial(self._delete_backstore, device), f"deleting the backstore {device}"
                 )
@@ -155,7 +164,9 @@ class LioExports:
     async def _restore(self, export: Export) -> Export:
         """The export as it is now: what others had made may have been made here this time."""
         device = self._table.get(export.device)
-        here = await self._in_thread(lambda: Lio().backstores(), "looking at the kernel's target")
+        here = await self._in_thread(
+            lambda: self._kernel().backstores(), "looking at the kernel's target"
+        )
         luns = {lun for each in here if each.name == device.name for lun in each.luns}
         if f"{export.iqn}/{export.lun}" in luns:
             return export
@@ -180,7 +191,7 @@ class LioExports:
         exports = await self._in_thread(self._load, "reading what is exported")
         try:
             here = await self._in_thread(
-                lambda: Lio().backstores(), "looking at the kernel's target"
+                lambda: self._kernel().backstores(), "looking at the kernel's target"
             )
         except UnsupportedError:
             here = []
@@ -224,11 +235,11 @@ class LioExports:
     async def _make(self, request: ExportRequest) -> tuple[Exported, bool]:
         """Create, wait until it is served, link: the kernel asks for the disk when it is linked."""
         what = f"making the backstore {request.backstore}"
-        made = await self._in_thread(lambda: Lio().create_backstore(request), what)
+        made = await self._in_thread(lambda: self._kernel().create_backstore(request), what)
         try:
             await self._front_end.server.wait_attached(request.backstore, KERNEL_SECONDS)
             exported = await self._in_thread(
-                lambda: Lio().export(request), f"exporting {request.backstore}"
+                lambda: self._kernel().export(request), f"exporting {request.backstore}"
             )
         except BaseException:
             if made:
@@ -254,22 +265,22 @@ class LioExports:
             except PloopError as error:
                 log.error("event=lio-undo error=%r", str(error))  # noqa: TRY400
 
-    @staticmethod
-    def _unmake(export: Export) -> None:
-        Lio().unexport(
+    def _unmake(self, export: Export, left: Sequence[Export] = ()) -> None:
+        """What is still used by one of those that are `left` stays, see `_inherited`."""
+        shared = any(each.iqn == export.iqn for each in left)
+        self._kernel().unexport(
             Exported(
                 backstore=export.device,
                 iqn=export.iqn,
                 lun=export.lun,
                 portals=tuple(export.portals),
-                made=tuple(export.made),
+                made=() if shared else tuple(export.made),
             )
         )
 
-    @staticmethod
-    def _delete_backstore(name: str) -> None:
+    def _delete_backstore(self, name: str) -> None:
         with contextlib.suppress(NotFoundError):
-            Lio().delete_backstore(name)
+            self._kernel().delete_backstore(name)
 
     async def _remember(self, exports: list[Export]) -> None:
         await self._in_thread(partial(self._save, exports), f"writing {self._state}")
@@ -321,10 +332,17 @@ class LioExports:
 
 def _inherited(left: list[Export], gone: Export) -> list[Export]:
     """What was made for an export and is still used by another one goes with that one."""
+    left = list(left)
     for number, export in enumerate(left):
         if export.iqn == gone.iqn:
-            heir = msgspec.structs.replace(export, made=_together(export.made, gone.made))
-            return [*left[:number], heir, *left[number + 1 :]]
+            made = _together(export.made, gone.made)
+            left[number] = msgspec.structs.replace(export, made=made)
+            break
+    for number, export in enumerate(left):
+        if export.device == gone.device:
+            made_here = export.backstore_made or gone.backstore_made
+            left[number] = msgspec.structs.replace(export, backstore_made=made_here)
+            break
     return left
 
 

@@ -316,7 +316,8 @@ class Lio:
     # -- unexporting -----------------------------------------------------------------------
 
     def unexport(self, exported: Exported) -> None:
-        """Take the LUN away, and what was made for it and nobody else uses.  Raises PloopError."""
+        """Take the LUN away, and what was made for it; of the target and its ACLs only what nobody
+        else uses.  Raises PloopError."""
         with self._errors(f"{exported.iqn}/{exported.lun} cannot be taken away"):
             target = self._target(exported.iqn)
             if target is None:
@@ -337,8 +338,6 @@ class Lio:
         for lun in tpg.luns:
             if lun.lun == exported.lun and lun.storage_object.name == exported.backstore:
                 lun.delete()  # and its mappings
-        if list(tpg.luns):
-            return
         for acl in list(tpg.node_acls):
             if f"acl {acl.node_wwn}" in exported.made and not list(acl.mapped_luns):
                 acl.delete()

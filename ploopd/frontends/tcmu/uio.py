@@ -11,12 +11,16 @@ import errno
 import gc
 import mmap
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from ploopd.errors import BusyError, PloopError, open_error
 from ploopd.frontends.tcmu.names import SUBTYPE, KernelName, parse_kernel_name
+
+APPEAR_SECONDS = 1.0
+"""The kernel makes a device's directory in sysfs first, and then what is in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +143,9 @@ class Kernel:
     def open(self, device: UioDevice) -> SharedMemory:
         """Open and map a device.  Raises BusyError or PloopError."""
         size_file = self.sys / f"class/uio/uio{device.minor}/maps/map0/size"
+        deadline = time.monotonic() + APPEAR_SECONDS
+        while not size_file.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
         try:
             size = int(size_file.read_text(), 0)
         except (OSError, ValueError) as error:

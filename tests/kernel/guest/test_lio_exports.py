@@ -10,6 +10,8 @@ import pytest
 
 from ploopd.control import messages
 from ploopd.control.client import ControlClient
+from ploopd.errors import BusyError, PloopError
+from ploopd.frontends.tcmu.lio import Chap, ExportRequest, Lio
 from tests.kernel.guest import kernel_target
 from tests.kernel.guest.conftest import INITIATOR_NAME, OpenIscsi
 from tests.kernel.guest.kernel_target import backstores, targetcli, targets
@@ -183,6 +185,69 @@ def test_what_fails_leaves_nothing(server: ServeProcess) -> None:
     targetcli("/backstores/ramdisk", "create", "web", "8M")
     assert "another backstore has that name" in refused(server, "export", "web", "--iqn", IQN)[1]
     assert backstores() == ["web"]
+
+
+STEPS = [
+    "Target",
+    "TPG",
+    "TPG.set_attribute",
+    "LUN",
+    "NodeACL",
+    "NodeACL.chap_userid",
+    "NodeACL.chap_mutual_password",
+    "MappedLUN",
+    "NetworkPortal",
+    "TPG.enable",
+]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_step_that_fails_is_undone(
+    kernel: None, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """rtslib fails at this step of an export; the kernel's target is as before."""
+    rtslib = pytest.importorskip("rtslib_fb")
+    lio = Lio()
+    request = ExportRequest(
+        backstore="alone",
+        config="alone",
+        size=MIB,
+        serial="1",
+        iqn=IQN,
+        portals=(("127.0.0.1", 3260),),
+        acl=(INITIATOR_NAME,),
+        chap=Chap(user="a", secret="b" * 12, mutual_user="c", mutual_secret="d" * 12),
+    )
+    lio.create_backstore(request)
+
+    def fail(*_: object, **__: object) -> None:
+        raise rtslib.RTSLibError("the step failed")
+
+    name, _, member = step.partition(".")
+    if not member:
+        monkeypatch.setattr(rtslib, name, fail)
+    elif member == "set_attribute":
+        monkeypatch.setattr(getattr(rtslib, name), member, fail)
+    else:
+        old = getattr(getattr(rtslib, name), member)
+
+        def set_or_fail(node: object, value: object) -> None:
+            if value:  # rtslib disables what it deletes
+                fail()
+            old.fset(node, value)
+
+        monkeypatch.setattr(getattr(rtslib, name), member, property(old.fget, set_or_fail))
+    with pytest.raises(PloopError, match=r"the step failed|cannot listen"):
+        lio.export(request)
+    assert targets() == []
+    monkeypatch.undo()
+    exported = lio.export(request)
+    assert exported.made == ("target", f"acl {INITIATOR_NAME}", "portal 127.0.0.1:3260")
+    with pytest.raises(BusyError, match=f"is exported as {IQN}/0"):
+        lio.delete_backstore("alone")
+    lio.unexport(exported)
+    lio.delete_backstore("alone")
+    assert (backstores(), targets()) == ([], [])
 
 
 def test_a_lun_is_taken_away_under_an_initiator(server: ServeProcess, initiator: OpenIscsi) -> None:
