@@ -240,6 +240,8 @@ class Device:
             return
         if self.gate.faulted or self.gate.latched is not None:
             self.volume.doubt()
+        with trio.move_on_after(CLOSE_DEADLINE / 2):
+            await self.journaling.make_up()
         error = await self.close_volume(self.opened, CLOSE_DEADLINE)
         if error is None:
             self.journaling.closed()

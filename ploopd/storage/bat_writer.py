@@ -7,6 +7,9 @@ write.
 A write that failed may have happened all the same.  Its entry is *doubtful*: the cluster it would
 have named is not used for anything else until the entry has been written again and synced;
 `settle`, before a flush or a write with FUA ends, writes what the map says.
+
+Entries that were written and not yet synced are remembered as well: after a sync that has failed
+nobody knows of them either (`distrust`).
 """
 
 from __future__ import annotations
@@ -36,7 +39,16 @@ class EntryFile(Protocol):
 class BatWriter:
     """The BAT of the top delta `file`; keeps `cluster_map` and `allocator` in step with it."""
 
-    __slots__ = ("_allocator", "_doubtful", "_file", "_in_flight", "_map", "_scale")
+    __slots__ = (
+        "_allocator",
+        "_doubtful",
+        "_file",
+        "_in_flight",
+        "_map",
+        "_scale",
+        "_syncing",
+        "_unsynced",
+    )
 
     def __init__(
         self, file: EntryFile, header: PvdHeader, cluster_map: ClusterMap, allocator: Allocator
@@ -47,6 +59,25 @@ class BatWriter:
         self._allocator = allocator
         self._doubtful: dict[int, set[int]] = {}
         self._in_flight: dict[int, int] = {}
+        self._unsynced: list[range] = []
+        self._syncing: list[range] = []
+
+    def sync_begins(self) -> None:
+        """What has been written is on stable storage if the sync that begins now succeeds."""
+        self._syncing, self._unsynced = self._unsynced, []
+
+    def sync_ended(self, *, success: bool) -> None:
+        """The sync announced by `sync_begins` has ended."""
+        if not success:
+            self._unsynced = self._syncing + self._unsynced
+        self._syncing = []
+
+    def distrust(self) -> None:
+        """A sync has failed: what was written since the last good one is doubtful."""
+        unsynced, self._unsynced = self._unsynced, []
+        for clusters in unsynced:
+            for cluster in clusters:
+                self._doubtful.setdefault(cluster, set())
 
     @property
     def doubtful(self) -> bool:
@@ -73,6 +104,7 @@ class BatWriter:
         except StorageError:
             self._doubt(cluster, host)
             raise
+        self._unsynced.append(range(cluster, cluster + 1))
         self._written(cluster, host)
         return True
 
@@ -124,6 +156,7 @@ class BatWriter:
             raise
         for cluster in range(first, first + len(hosts)):
             del self._in_flight[cluster]
+        self._unsynced.append(range(first, first + len(hosts)))
 
     def _written(self, cluster: int, host: int) -> None:
         self._map.set(cluster, host)

@@ -79,6 +79,15 @@ class Core:
             self.sync.request(done)
         self.kick()
 
+    async def sync_again(self) -> None:
+        """Sync although a sync has failed, for a caller who has written all data again that was
+        written since the last good one.  Raises StorageError."""
+        if self.bat is not None:
+            self.bat.distrust()
+            await self.bat.settle(self.locks)
+        self.sync.forgive()
+        await self.sync.wait()
+
     def spawn(self, task: Callable[[*Args], Awaitable[object]], *args: *Args) -> None:
         """Run a slow operation in the volume's nursery."""
         if self.nursery is None:

@@ -110,6 +110,7 @@ class BlockDevice(Protocol):
 
         After a sync of the storage has failed no flush succeeds any more: the kernel may have
         marked pages clean that were never written, and would call the next sync a success.
+        (`JournaledDevice` has them, and writes them again when it was only room that was missing.)
         """
         ...
 

@@ -10,6 +10,7 @@ it began.  What is left, done again in its order, makes up for a storage that ha
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -93,6 +94,20 @@ class Journal:
         changed meanwhile."""
         for generation in (*self._sealed, self._current):
             yield from generation.records.items()
+
+    def latest(self) -> list[tuple[Range, memoryview | Zeroed]]:
+        """What the records come to: each byte once, as the last change has left it; no order."""
+        covered = _Covered()
+        found: list[tuple[Range, memoryview | Zeroed]] = []
+        for (offset, length), content in reversed(list(self.records())):
+            for start, end in covered.add(offset, offset + length):
+                part: memoryview | Zeroed
+                if isinstance(content, Zeroed):
+                    part = content
+                else:
+                    part = memoryview(content)[start - offset : end - offset]
+                found.append(((start, end - start), part))
+        return found
 
     # -- records ---------------------------------------------------------------------------
 
@@ -186,3 +201,29 @@ class Journal:
     def release(self, cost: int) -> None:
         """The change is recorded now, or has failed."""
         self.used -= cost
+
+
+class _Covered:
+    """A set of bytes, as sorted intervals that do not touch."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+
+    def add(self, start: int, end: int) -> list[Range]:
+        """Add [start, end); returns the parts (start and end) that were not in it."""
+        starts, ends = self._starts, self._ends
+        first, last = bisect_left(ends, start), bisect_right(starts, end)
+        gaps: list[Range] = []
+        at = start
+        for index in range(first, last):
+            if at < starts[index]:
+                gaps.append((at, starts[index]))
+            at = max(at, ends[index])
+        if at < end:
+            gaps.append((at, end))
+        if first < last:
+            start, end = min(start, starts[first]), max(end, ends[last - 1])
+        starts[first:last] = [start]
+        ends[first:last] = [end]
+        return gaps

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Protocol, runtime_checkable
 
-from ploopd.errors import HARMLESS_ERRNOS, StorageError
+from ploopd.errors import HARMLESS_ERRNOS, NO_ROOM, StorageError
 from ploopd.storage.device import BlockDevice, Done, Pending
 from ploopd.storage.journal import RECORD_OVERHEAD, Journal
 from ploopd.storage.lane import Lane, LaneRequest, lane_of
+from ploopd.storage.replay import rewrite
 from ploopd.storage.request import FINISHED
 
 OnFailure = Callable[[StorageError], object]
@@ -29,6 +32,16 @@ Doubt = Callable[[], StorageError | None]
 def no_doubt() -> StorageError | None:
     """Nobody above knows of any failure."""
     return None
+
+
+@runtime_checkable
+class SyncsAgain(Protocol):
+    """A volume whose failed syncs can be made up for; see `Volume`."""
+
+    @property
+    def sync_failed(self) -> StorageError | None: ...
+
+    def sync_again(self, rewrite: Callable[[], Awaitable[None]], done: Done) -> Pending: ...
 
 
 class ReadingLane:
@@ -61,17 +74,24 @@ class JournaledDevice:
     succeed here after a change has failed: a network file system may have written behind, and told
     of an older write's loss by failing a newer one; its next sync knows nothing of that.  Failed
     reads are known to whoever judges them: `doubt`.
+
+    The exception is a sync that has failed for want of room, which is nobody's failure: the next
+    flush writes everything in the journal again, while changes wait, and has that synced.
     """
 
     __slots__ = (
+        "_again",
         "_ceiling",
         "_doubt",
         "_early",
         "_failure",
         "_flush_at",
+        "_flushes",
         "_forcing",
         "_on_failure",
         "_retired",
+        "_rewriting",
+        "_running",
         "_volume",
         "_waiting",
         "_write_now",
@@ -110,6 +130,10 @@ class JournaledDevice:
         self._forcing = False
         self._failure: StorageError | None = None
         self._retired = False
+        self._again = volume if isinstance(volume, SyncsAgain) else None
+        self._flushes: list[Done] = []
+        self._rewriting = False
+        self._running = 0
         self._early = journal.limit // 2
         self._flush_at: float = self._early
         self._ceiling = journal.limit - RECORD_OVERHEAD
@@ -175,23 +199,57 @@ class JournaledDevice:
 
     def flush(self, done: Done) -> Pending:
         """See `BlockDevice.flush`."""
-        journal = self.journal
-        mark = journal.mark()
+        if self._flushes or self.behind:
+            self._ceiling = -1  # nothing changes from now on until it has ended
+            self._flushes.append(done)
+            self._make_up()
+            return FINISHED
+        mark = self.journal.mark()
 
         def ended(error: StorageError | None) -> None:
-            if error is not None:
-                self.failed(error)
-            elif not self.trusted:
-                failure = self._failure or self._doubt()
-                error = None if failure is None else failure.again()
-            elif not self._retired:
-                journal.drop(mark)
-                if self._flush_at == math.inf and not self._forcing:
-                    self._flush_at = self._early
-            done(error)
+            done(self._flushed(mark, error))
             self._pump()
 
         return self._volume.flush(ended)
+
+    def _flushed(self, mark: int, error: StorageError | None) -> StorageError | None:
+        """A flush of what was recorded before `mark` has ended; returns what it is worth."""
+        if error is not None:
+            self.failed(error)
+        elif not self.trusted:
+            failure = self._failure or self._doubt()
+            return None if failure is None else failure.again()
+        elif not self._retired:
+            self.journal.drop(mark)
+            if self._flush_at == math.inf and not self._forcing:
+                self._flush_at = self._early
+        return error
+
+    @property
+    def behind(self) -> bool:
+        """A sync has failed for want of room: the journal must be written again before the next."""
+        if self._again is None or self._again.sync_failed is None:
+            return False
+        return self._again.sync_failed.errno in NO_ROOM and self.trusted
+
+    def _make_up(self) -> None:
+        """Write the journal again when no change is in execution, and sync."""
+        if self._running or self._rewriting or self._again is None:
+            return
+        self._rewriting = True
+        mark = self.journal.mark()
+
+        def ended(error: StorageError | None) -> None:
+            self._rewriting = False
+            flushes, self._flushes = self._flushes, []
+            self._reopen()
+            error = self._flushed(mark, error)
+            for done in flushes:
+                done(error)
+            self._pump()
+
+        self._again.sync_again(partial(rewrite, self.journal, self._volume), ended)
+        self.kick()
 
     # -- trust, and the end ----------------------------------------------------------------
 
@@ -213,11 +271,14 @@ class JournaledDevice:
         """The volume has been let go: what still comes from it changes the journal no more."""
         self._retired = True
         self._waiting.clear()
+        self._flushes.clear()
 
     # -- room ------------------------------------------------------------------------------
 
     def _admit(self, change: _Change) -> Pending:
-        if change.cost > self.journal.limit:
+        if self._flushes:
+            self._waiting.append(change)
+        elif change.cost > self.journal.limit:
             change.start_through()
         elif self._waiting or not self.journal.fits(change.cost):
             self._ceiling = -1  # inline writes must not overtake those that wait
@@ -246,7 +307,7 @@ class JournaledDevice:
         # It is not tried again before a change must wait for it, or somebody's flush has succeeded.
         waiting = list(self._waiting)
         self._waiting.clear()  # in place: `_pump` may be at work on it
-        self._ceiling = self.journal.limit - RECORD_OVERHEAD
+        self._reopen()
         self._on_failure(error)
         for change in waiting:
             change.done(error.again())
@@ -254,20 +315,34 @@ class JournaledDevice:
     def _pump(self) -> None:
         """Room may have become free: start those that wait, as many as fit."""
         waiting = self._waiting
+        if self._flushes:
+            self._make_up()
+            return
         if not waiting:
             return
-        while waiting and self.journal.fits(waiting[0].cost):
-            waiting.popleft().start()
+        while waiting and not self._flushes:
+            if waiting[0].cost > self.journal.limit:  # it came while others were held
+                waiting.popleft().start_through()
+            elif self.journal.fits(waiting[0].cost):
+                waiting.popleft().start()
+            else:
+                break
         if waiting:
             self._force_flush()
         else:
-            self._ceiling = self.journal.limit - RECORD_OVERHEAD
+            self._reopen()
             self.kick()
+
+    def _reopen(self) -> None:
+        """The inline path, as far as no change waits that it would overtake."""
+        if not self._waiting and not self._flushes:
+            self._ceiling = self.journal.limit - RECORD_OVERHEAD
 
     def ended(self, change: _Change, error: StorageError | None) -> None:
         """A change that had room reserved has ended."""
         if self._retired:
             return
+        self._running -= 1
         self.journal.release(change.cost)
         if error is not None:
             self.failed(error)
@@ -283,9 +358,26 @@ class JournaledDevice:
         """A change was cancelled."""
         if waiting:
             self._waiting.remove(change)
-        elif change.cost <= self.journal.limit and not self._retired:
-            self.journal.release(change.cost)
+        else:
+            self._running -= 1
+            if change.cost <= self.journal.limit and not self._retired:
+                self.journal.release(change.cost)
         self._pump()
+
+    def started(self) -> None:
+        """The volume is about to get a change."""
+        self._running += 1
+
+    def written(self, change: _Change, error: StorageError | None) -> None:
+        """A change that has no room in the journal has ended, and is to be flushed."""
+        self._running -= 1
+        if error is None:
+            self.flush(change.done)
+            self.kick()
+        else:
+            self.failed(error)
+            change.done(error)
+            self._pump()
 
 
 class _Change:
@@ -318,11 +410,13 @@ class _Change:
     def start(self) -> None:
         """Execute it with room reserved for its record."""
         self._device.journal.reserve(self.cost)
+        self._device.started()
         self._pending = FINISHED
         self._pending = self._start_it(self._ended)
 
     def start_through(self) -> None:
         """Execute it and have it flushed, with everything that it may overlap, before it ends."""
+        self._device.started()
         self._pending = FINISHED
         self._pending = self._start_it(self._written_through)
 
@@ -341,9 +435,4 @@ class _Change:
         self._device.ended(self, error)
 
     def _written_through(self, error: StorageError | None) -> None:
-        if error is None:
-            self._device.flush(self.done)
-            self._device.kick()
-        else:
-            self._device.failed(error)
-            self.done(error)
+        self._device.written(self, error)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+import trio
+
 from ploopd.fileio.policy import may_lose_written
 from ploopd.storage.device import BlockDevice
 from ploopd.storage.journal import Journal
@@ -102,6 +104,14 @@ class Journaling:
         """An operator goes on with a storage that has failed."""
         if self._device is not None:
             self._device.trust()
+
+    async def make_up(self) -> None:
+        """Before the volume is closed: try once more what a storage without room has refused."""
+        device = self._device
+        if device is not None and device.behind:
+            ended = trio.Event()
+            device.flush(lambda _: ended.set())
+            await ended.wait()
 
     def closed(self) -> None:
         """The volume has been synced and closed: nothing is left to be written, if that sync can be

@@ -320,6 +320,7 @@ def _core(
     delta = stack.top.delta
     if delta is not None and not stack.read_only:
         core.bat = BatWriter(file, delta.header, cluster_map, allocator)
+        sync.observe(core.bat)
         core.space = Space(
             file,
             allocator,

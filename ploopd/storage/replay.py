@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right, insort
+from collections.abc import Iterable
 from typing import Final
 
 import trio
 
 from ploopd.errors import StorageError
 from ploopd.storage.device import BlockDevice, Done
-from ploopd.storage.journal import Journal, Zeroed
+from ploopd.storage.journal import Content, Journal, Range, Zeroed
 
 _MOST: Final = 64
 """Changes under way at once."""
@@ -26,9 +27,25 @@ async def replay(journal: Journal, device: BlockDevice) -> int:
     if not journal:
         await trio.lowlevel.checkpoint()
         return 0
+    written = await _apply(journal.records(), device)
+    await _flush(device)
+    return written
+
+
+async def rewrite(journal: Journal, device: BlockDevice) -> None:
+    """Do what the changes of `journal` come to again on the device that has done them; no flush.
+
+    Whoever reads meanwhile never sees what a later change has overwritten.  The journal must stay
+    as it is until this returns, and nobody else may change the disk.  Raises StorageError.
+    """
+    await _apply(journal.latest(), device)
+
+
+async def _apply(changes: Iterable[tuple[Range, Content | memoryview]], device: BlockDevice) -> int:
+    """Do the changes, in their order where they overlap; returns the bytes written."""
     wave = _Wave(device)
     written = 0
-    for (offset, length), content in journal.records():
+    for (offset, length), content in changes:
         size = 0 if isinstance(content, Zeroed) else length
         if not wave.takes(offset, length, size):
             await wave.finish()
@@ -40,7 +57,6 @@ async def replay(journal: Journal, device: BlockDevice) -> int:
             device.write(offset, memoryview(content), wave.begin(offset, length, size))
         written += size
     await wave.finish()
-    await _flush(device)
     return written
 
 

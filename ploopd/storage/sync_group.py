@@ -3,7 +3,8 @@
 A request that arrives while a sync runs waits for the next one, because the running one need not
 cover what was written since it began.  After a failed sync nothing written before can be relied
 upon, and trying again would succeed without having written it (the kernel drops the dirty pages or
-marks them clean), so the error stays until the image is opened anew.
+marks them clean), so the error stays until the image is opened anew, or somebody has written all
+of it again (`forgive`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ploopd.storage.device import Done
 
 
 class SyncObserver(Protocol):
-    """Whoever keeps things that depend on a sync: the allocator."""
+    """Whoever keeps things that depend on a sync: the allocator, the BAT."""
 
     def sync_begins(self) -> None: ...
 
@@ -33,17 +34,25 @@ class SyncGroup:
     was: it answers every later request.
     """
 
-    __slots__ = ("_kick", "_observer", "_running", "_start", "_waiting", "failed")
+    __slots__ = ("_kick", "_observers", "_running", "_start", "_waiting", "failed")
 
     def __init__(
         self, start: Callable[[Done], None], observer: SyncObserver, kick: Callable[[], None]
     ) -> None:
         self._start = start
         self._kick = kick
-        self._observer = observer
+        self._observers = [observer]
         self._running: list[Done] | None = None
         self._waiting: list[Done] = []
         self.failed: StorageError | None = None
+
+    def observe(self, observer: SyncObserver) -> None:
+        """Tell one more of what happens; before the first sync."""
+        self._observers.append(observer)
+
+    def forgive(self) -> None:
+        """All that a failed sync may have lost has been written again: the next one counts."""
+        self.failed = None
 
     def request(self, done: Done) -> None:
         """Call `done` when all writes that have ended before now are on stable storage."""
@@ -72,12 +81,14 @@ class SyncGroup:
 
     def _next(self) -> None:
         self._running, self._waiting = self._waiting, []
-        self._observer.sync_begins()
+        for observer in self._observers:
+            observer.sync_begins()
         self._start(self._ended)
 
     def _ended(self, error: StorageError | None) -> None:
         finished, self._running = self._running or [], None
-        self._observer.sync_ended(success=error is None)
+        for observer in self._observers:
+            observer.sync_ended(success=error is None)
         if error is not None:
             self.failed = error
             finished += self._waiting

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import uuid
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Protocol
 
 import trio
@@ -219,6 +219,34 @@ class Volume:
         request.begin()
         request.ended(None)
         return request
+
+    @property
+    def sync_failed(self) -> StorageError | None:
+        """Why no flush succeeds; None while they may."""
+        return self._core.sync.failed
+
+    def sync_again(self, rewrite: Callable[[], Awaitable[None]], done: Done) -> Pending:
+        """A flush that may succeed although a sync has failed, because `rewrite` does all changes
+        since the last good one again.  There must be no others meanwhile.
+
+        Only for a failure that has left the file as usable as it was: a storage without room.
+        """
+        if not self._open:
+            return self._refuse(done, errno.ESHUTDOWN, "flush")
+        request = Request(self._core.requests, done)
+        request.begin()
+        self._core.spawn(self._sync_again, rewrite, request)
+        return request
+
+    async def _sync_again(self, rewrite: Callable[[], Awaitable[None]], request: Request) -> None:
+        error = None
+        try:
+            await rewrite()
+            await self._core.sync_again()
+        except StorageError as failure:
+            error = failure
+        request.ended(error)
+        self._kick()
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """See `BlockDevice.extents`."""

@@ -69,10 +69,24 @@ def details(context: ControlContext, device: Device) -> messages.DeviceDetails:
         ],
         notes=list(volume.notes),
         latched=None if gate.latched is None else str(gate.latched),
-        full=None if gate.full is None else str(gate.full),
+        full=full_text(device),
         journal=journal_details(device),
         recovery=context.automation.describe(device),
         standby_errnos=errnos.names(gate.standby_errnos),
+    )
+
+
+def full_text(device: Device) -> str | None:
+    """The failure of a storage without room, and whether it ends by itself; None if it has some."""
+    failure = device.gate.full
+    if failure is None:
+        return None
+    failed = device.volume.sync_failed
+    if failed is None or device.journaling.status is not None:
+        return str(failure)
+    return (
+        f"{failure}; what was written since the last flush may be lost, and no flush succeeds "
+        f"before `ploopctl device replace {device.name} --image FILE`"
     )
 
 

@@ -123,6 +123,17 @@ def test_the_overhead_that_is_counted_is_what_python_takes_at_most() -> None:
     assert after - before <= journal.used
 
 
+def written_latest(journal: Journal, stable: bytearray) -> bytearray:
+    """`stable` with what the records come to, each byte written once."""
+    result, touched = bytearray(stable), bytearray(len(stable))
+    for (offset, length), change in reversed(journal.latest()):
+        assert not any(touched[offset : offset + length])
+        touched[offset : offset + length] = b"\1" * length
+        after = bytes(length) if isinstance(change, Zeroed) else change
+        result[offset : offset + length] = after
+    return result
+
+
 @given(
     st.lists(
         st.one_of(
@@ -157,6 +168,7 @@ def test_replaying_what_is_left_over_what_was_dropped_gives_the_disk(
             journal.drop(mark)
             marks = [each for each in marks if each[0] >= mark]
             stable[:] = content
+        assert written_latest(journal, stable) == disk
         costs = [len(c) if isinstance(c, bytearray) else 0 for _, c in journal.records()]
         assert journal.used == journal.held == sum(costs) + RECORD_OVERHEAD * len(costs)
     for (offset, length), change in journal.records():
