@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.functional.test_run_service import Manager, RunProcess, manager
-from tests.functional.test_standby_e2e import Director
+from tests.functional.test_standby_e2e import Director, storage
 from tests.support import images, oracles
+from tests.support.faultfs import FaultFs
 from tests.support.images import MIB
 from tests.support.initiator import GOOD, Initiator, ProtocolError
 from tests.support.load import BLOCK, Journal, Load
@@ -24,7 +25,7 @@ from tests.support.serve import ServedUrl
 
 pytestmark = [pytest.mark.functional, pytest.mark.timeout(120)]
 
-__all__ = ["manager"]  # the fixture
+__all__ = ["manager", "storage"]  # the fixtures
 
 SIZE = 16 * MIB
 LUNS_CHANGED = "sense 06/3f/0e"
@@ -272,6 +273,41 @@ def test_a_device_in_standby_stays_unless_it_is_forced(service: Service) -> None
         assert initiator.wait(initiator.test_unit_ready()).sense_text == "sense 05/25/00"
         initiator.logout()
     assert service.served() == {"a": 0}
+
+
+@pytest.mark.fuse
+def test_a_storage_that_hangs_keeps_its_device_unless_it_is_forced(
+    storage: FaultFs, tmp_path: Path
+) -> None:
+    service = Service(tmp_path)
+    service.images["b"] = images.write_delta(storage.source / "b.hds", SIZE, {}, cluster_size=65536)
+    service.images["b"] = storage.mountpoint / "b.hds"
+    service.write("IMAGE a", "IMAGE b")
+    with service.server:
+        with Initiator(service.url(0)) as other, Initiator(service.url(1)) as initiator:
+            other.settle()
+            initiator.settle()
+            initiator.good(initiator.write(0, bytes(4096)))
+            storage.hang("b.hds", "fsync")
+            hangs = initiator.synchronize_cache()
+            initiator.poll(0.1)
+            wait_until(lambda: storage.status()["hanging"] > 0)
+            service.write("IMAGE a")
+            (refusal,) = service.reload(code=6)["refused"]
+            assert isinstance(refusal, dict)
+            assert "did not end within 10 s" in refusal["reason"]
+            assert service.served() == {"a": 0, "b": 1}
+            assert service.reload("--force")["removed"] == ["b"]
+            assert initiator.wait(hangs).status != GOOD
+            assert initiator.wait(initiator.test_unit_ready()).sense_text == "sense 05/25/00"
+            # The other disk has not noticed but for the attention.
+            assert other.wait(other.test_unit_ready()).sense_text == LUNS_CHANGED
+            other.good(other.write(0, bytes(4096)))
+            other.logout()
+            initiator.logout()
+        storage.clear()
+        assert service.server.stop() == 0, service.server.stderr[-2000:]
+        assert "Traceback" not in service.server.stderr
 
 
 def test_the_service_manager_is_told(tmp_path: Path, manager: Manager) -> None:

@@ -62,8 +62,11 @@ async def test_a_served_device_is_found_and_stays(table: DeviceTable, image: Pat
     by_path = await devices.acquire(Reference(image=f"{image.parent}/./disk.hds"))
     assert by_name.unit is by_path.unit is device.unit
     assert by_name.size == SIZE
+    assert devices.users(device) == 2
     await devices.release(by_name)
+    assert devices.users(device) == 1
     await devices.release(by_path)
+    assert devices.users(device) == 0
     assert list(table) == [device]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,9 +28,13 @@ def test_what_is_said(manager: tuple[str, socket.socket]) -> None:
     with Notifier({"NOTIFY_SOCKET": path}) as notifier:
         notifier.ready("serving 2 devices")
         notifier.status("two\nlines")
+        notifier.reloading()
         notifier.stopping()
     assert listening.recv(4096) == b"READY=1\nSTATUS=serving 2 devices"
     assert listening.recv(4096) == b"STATUS=two lines"
+    reloading, _, since = listening.recv(4096).partition(b"\nMONOTONIC_USEC=")
+    assert reloading == b"RELOADING=1"
+    assert 0 <= time.clock_gettime(time.CLOCK_MONOTONIC) - int(since) / 1e6 < 60
     assert listening.recv(4096) == b"STOPPING=1\nSTATUS=stopping"
 
 
