@@ -192,11 +192,27 @@ class ParkTimeoutError(StorageError):
         super().__init__(_errno.EBUSY, op, path=path, message=f"{op} was parked for too long")
 
 
+_HIDDEN_BY = {
+    "ProtectHome=no": ("/home/", "/root/", "/run/user/"),
+    "PrivateTmp=no": ("/tmp/", "/var/tmp/"),  # noqa: S108 - not used, only told
+}
+
+
+def _unit_hint(path: str | os.PathLike[str]) -> str | None:
+    """In a service: which setting of a confined unit would hide a file that is there."""
+    if "NOTIFY_SOCKET" not in os.environ:
+        return None
+    for setting, directories in _HIDDEN_BY.items():
+        if os.path.abspath(path).startswith(directories):
+            return f"if it is there, the unit hides it: systemctl edit, and write {setting}"
+    return None
+
+
 def open_error(error: OSError, path: str | os.PathLike[str]) -> PloopError:
     """The error to raise `from` an `OSError` that opening `path` gave."""
     number = error.errno or _errno.EIO
     if number == _errno.ENOENT:
-        return NotFoundError("no such file or directory", path=path)
+        return NotFoundError("no such file or directory", path=path, hint=_unit_hint(path))
     if number in (_errno.EACCES, _errno.EPERM):
         return DeniedError("permission denied", path=path, hint="check its owner and mode")
     if number == _errno.EROFS:
