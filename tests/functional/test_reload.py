@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from ploopd.config_file import load_config
+from ploopd.control import messages
+from ploopd.control.client import ControlClient
 from tests.functional.test_run_service import Manager, RunProcess, manager
 from tests.functional.test_standby_e2e import Director, storage
 from tests.support import images, oracles
@@ -249,7 +252,16 @@ def test_what_needs_a_restart_is_named_and_left(service: Service, tmp_path: Path
     with Initiator(service.url(0), name="iqn.2004-10.com.example:a") as initiator:
         initiator.settle()
         initiator.good(initiator.write(0, bytes(4096)))
-        # What is configured now is what `shell saveconfig` writes: what holds, not what is wanted.
+        # The configuration of now is what holds, not what is wanted.
+        with ControlClient(service.server.control) as client:
+            text = client.call(messages.GET_CONFIG, messages.ConfigText, waiting="it").toml
+        (tmp_path / "saved.toml").write_text(text)
+        saved = load_config(tmp_path / "saved.toml").serve
+        assert [(one.name, one.read_only, one.recovery) for one in saved.devices] == [
+            ("a", False, "manual"),
+            ("b", False, "reopen"),
+        ]
+        assert (saved.iscsi.acl, saved.sysfs) == (("iqn.2004-10.com.example:a",), None)
         service.write("IMAGE a", "IMAGE b")
         assert service.reload()["needs_restart"] == []
         initiator.good(initiator.write(0, bytes(4096)))
