@@ -147,6 +147,7 @@ class Device:
         self.top_inode: Inode
         self.has_descriptor = False
         self._abandoned: list[OpenedVolume] = []
+        self._late_references: dict[Inode, set[int]] = {}
         self.identity: uuid.UUID
         self.gate: Gate
         self.unit: LogicalUnit
@@ -293,12 +294,14 @@ class Device:
         The thread is disowned after `deadline` seconds (PloopError, exit code TIMEOUT); a volume
         that it still comes up with is closed again.
         """
+        # Of all volumes there were, the ones of attempts that failed among them.
+        late = {inode: frozenset(hosts) for inode, hosts in self._late_references.items()}
 
         def blocking() -> OpenedVolume:
             volume = self._opener(image, substitutes, inherit)
-            return OpenedVolume(
-                volume=volume, inode=volume.layers[0].inode, substitutes=substitutes
-            )
+            inode = volume.layers[0].inode
+            volume.withdraw(late.get(inode, ()))
+            return OpenedVolume(volume=volume, inode=inode, substitutes=substitutes)
 
         return await disownable(
             blocking,
@@ -397,6 +400,9 @@ class Device:
             self.volume_open = False
         opened.volume.abandon()
         self._abandoned.append(opened)
+        late = opened.volume.late_references()
+        if late:
+            self._late_references.setdefault(opened.inode, set()).update(late)
 
     def _close_late(self, opened: OpenedVolume) -> None:
         """Close a volume that was opened too late."""

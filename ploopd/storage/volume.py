@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Protocol
 
 import trio
@@ -355,6 +355,11 @@ class Volume:
         """Host clusters of the top that a late BAT write of this volume may come to name."""
         bat = self._core.bat
         return set() if bat is None else bat.referenced_by_late_writes()
+
+    def withdraw(self, hosts: Iterable[int]) -> None:
+        """Never use these host clusters of the top, as far as they are free: see
+        `late_references`.  Before it is used."""
+        self._core.allocator.withdraw(hosts)
 
     def _refuse_all(self) -> None:
         """No request begins from now on; what would have ended at once gets an error slowly."""

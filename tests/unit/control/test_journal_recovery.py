@@ -398,6 +398,42 @@ async def test_a_device_that_ends_when_there_is_room_again_loses_nothing(
         assert await whole(device) == content
 
 
+@pytest.mark.trio
+async def test_a_cluster_that_a_failed_replay_may_have_given_away_is_not_used(
+    directory: Path, faulty: FaultyOs
+) -> None:
+    """Its entry was written, and the answer was an error: on some storages it lands later."""
+    path = image(directory)
+    async with serving(faulty) as served:
+        device = await served.add(path, KEPT)
+        left = path.read_bytes()
+        await write(device, 0, b"a" * 4096)
+        faulty.add(Fault(op="*", path="disk.hds", count=None, error=errno.ENOTCONN))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(flush, device)
+            await quiet(device)
+            faulty.clear()
+            path.write_bytes(left)
+            faulty.add(
+                Fault(op="write", path="disk.hds", start=64, end=68, count=None, error=errno.EIO)
+            )
+            with pytest.raises(StorageError, match="EIO"):
+                await replace(device, str(path))
+            faulty.clear()
+            with pytest.raises(BaseException, match="interrupted"):  # a second one that fails
+                await replace(device, str(path), on_step=_interrupt)
+            await replace(device, str(path))
+        (extent,) = device.volume.extents(0, CLUSTER)
+        assert extent.host_offset is not None
+        assert extent.host_offset // CLUSTER > 1
+        assert await read(device, 0, 4096) == b"a" * 4096
+
+
+def _interrupt(record: StepRecord) -> None:
+    if record.step is Step.OPEN:
+        raise StorageError(errno.EIO, "test", message="interrupted")
+
+
 # -- the bound -----------------------------------------------------------------------------
 
 
