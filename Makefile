@@ -7,6 +7,7 @@
 #   make torture       the long programmes of RELIABILITY.md, as far as they are not done [TORTURE_ARGS=…]
 #   make demo-standby  a minute to watch, a disk outlives its storage [DEMO_ARGS=…]
 #   make bench         ploopd, tgtd and qemu-storage-daemon side by side
+#   make bench-kernel  ploopd and tcmu-runner under the kernel's target, in the guest
 #   make install       the program, its units, manual and completion into PREFIX=/usr/local [DESTDIR=…];
 #                      make install-data only what is not the program, make uninstall the opposite
 #   make setup         the virtual environment for all of them; make clean removes it
@@ -29,7 +30,7 @@ INSTALL = DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' SYSCONFDIR='$(SYSCONFDIR)' LOC
 	BINDIR='$(BINDIR)' EXTRAS='$(EXTRAS)' PYTHON='$(PYTHON)' tools/install
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test kernel check torture demo-standby bench clean install install-data uninstall
+.PHONY: help setup run test kernel check torture demo-standby bench bench-kernel clean install install-data uninstall
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -60,6 +61,10 @@ demo-standby: $(VENV)/.stamp-demo
 
 bench: $(VENV)/.stamp-bench
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+bench-kernel: $(VENV)/.stamp-test
+	PLOOPD_IN_GUEST=1 PYTHONDONTWRITEBYTECODE=1 tests/kernel/run.sh -t 600 -o out/kernel -- \
+	    $(abspath $(BIN))/python -m bench.guest $(BENCH_ARGS)
 
 install:
 	PYTHON='$(PYTHON)' tools/packages install $(if $(findstring fuse,$(EXTRAS)),view)

@@ -102,17 +102,27 @@ class Handler:
                 return False
             now = itl.try_write
         offset, length = extent
-        if command.length != length:
-            return False
-        piece = self.ring.piece
-        for at, size in command.iovs:
-            # A piece that is done although a later one cannot be is done again by the task.
-            # Released, not dropped: an exception's frames may keep a reference.
-            with piece(at, size) as view:
+        ring, iovs = self.ring, command.iovs
+        if len(iovs) == 1:  # nearly always: the kernel makes one piece of adjacent pages
+            at, size = iovs[0]
+            if size != length:
+                return False
+            view = ring.piece(at, size)
+            try:
                 if not now(offset, view):
                     return False
-            offset += size
-        self.ring.answer(command.command_id, Status.GOOD)
+            finally:
+                view.release()  # not dropped: an exception's frames may keep a reference
+        else:
+            if command.length != length:
+                return False
+            for at, size in iovs:
+                # A piece that is done although a later one cannot be is done again by the task.
+                with ring.piece(at, size) as view:
+                    if not now(offset, view):
+                        return False
+                offset += size
+        ring.answer(command.command_id, Status.GOOD)
         return True
 
     def _as_task(self, command: Command) -> None:

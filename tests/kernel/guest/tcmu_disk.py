@@ -62,6 +62,7 @@ class Backstore:
     name: str
     config: str
     size: int
+    subtype: str = "ploop"
     links: list[Callable[[], None]] = field(default_factory=list)
 
     @property
@@ -71,7 +72,10 @@ class Backstore:
     def create(self, control: str = "nl_reply_supported=-1,hw_max_sectors=1024") -> Backstore:
         self.path.parent.mkdir(exist_ok=True)
         self.path.mkdir()
-        put(self.path / "control", f"dev_config=ploop/{self.config},dev_size={self.size},{control}")
+        put(
+            self.path / "control",
+            f"dev_config={self.subtype}/{self.config},dev_size={self.size},{control}",
+        )
         within(10, "enable", lambda: put(self.path / "enable", 1))
         return self
 
@@ -104,9 +108,18 @@ class Backstore:
         self.links.append(unlink)
         return wait_for_disk(before)
 
-    def iscsi_target(self, iqn: str) -> ServedUrl:
+    @property
+    def iqn(self) -> str:
+        return f"iqn.2026-01.org.ploopd:{self.name}"
+
+    @property
+    def iscsi_port(self) -> Path:
+        """The portal group of its iSCSI target."""
+        return TARGET / "iscsi" / self.iqn / "tpgt_1"
+
+    def iscsi_target(self) -> ServedUrl:
         """Link it into the kernel's iSCSI target, without authentication."""
-        port = TARGET / "iscsi" / iqn / "tpgt_1"
+        port = self.iscsi_port
         port.parent.parent.mkdir(exist_ok=True)
         port.mkdir(parents=True)
         lun = port / "lun/lun_0"
@@ -132,12 +145,15 @@ class Backstore:
             port.parent.rmdir()
 
         self.links.append(unlink)
-        return ServedUrl(host="127.0.0.1", port=PORT, iqn=iqn, lun=0)
+        return ServedUrl(host="127.0.0.1", port=PORT, iqn=self.iqn, lun=0)
+
+    def unlink(self) -> None:
+        """Take it out of every target, and those away."""
+        while self.links:
+            self.links.pop()()
 
     def delete(self) -> None:
-        for unlink in reversed(self.links):
-            unlink()
-        self.links.clear()
+        self.unlink()
         within(20, "deleting the backstore", self.path.rmdir)
 
 
@@ -169,12 +185,12 @@ def disk_of(made: Backstore, fabric: str, initiator: OpenIscsi) -> Iterator[Path
     if fabric == "loop":
         yield made.loop_disk()
         return
-    url = made.iscsi_target(f"iqn.2026-01.org.ploopd:{made.name}")
+    url = made.iscsi_target()
     initiator.discover(url)
     # The session waits for a target that is away, and its commands with it.
     initiator.update(url, "node.session.timeo.replacement_timeout", "120")
     yield initiator.login(url)
-    initiator.logout(url)
+    initiator.forget(url)
 
 
 def set_timers(disk: Path, *, command: int, error_handling: int = 5) -> None:
