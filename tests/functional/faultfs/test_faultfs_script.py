@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,29 @@ def test_it_starts_with_a_script_and_writes_back_at_the_end(tmp_path: Path) -> N
         assert process.wait(10) == 0
     assert (source / "file").read_text() == "cached"
     assert list(mount.iterdir()) == []
+
+
+@pytest.mark.parametrize("rule", ["", "delay * read seconds=50", "hang * read"])
+def test_it_ends_though_somebody_still_has_a_file_open(tmp_path: Path, rule: str) -> None:
+    """Also in the middle of an operation, which the kernel then answers."""
+    missing = oracles.missing_for_fuse()
+    if missing is not None:
+        pytest.skip(missing)
+    (tmp_path / "source").mkdir()
+    with FaultFs(tmp_path / "source", tmp_path / "mount") as storage:
+        storage.script("cache *", *([rule] if rule else []))
+        path = made(storage, "file", 8192)
+        command = "exec 3<> file; echo cached >&3; head -c 1 <&3 | cat; exec sleep 100"
+        with subprocess.Popen(["sh", "-c", command], cwd=storage.mountpoint) as user:
+            wait_for(lambda: storage.status()["seen"].get("read", 0) > 0)
+            assert path.exists()
+            began = time.monotonic()
+            storage.close()
+            took = time.monotonic() - began
+            user.kill()
+    assert took < 5
+    assert storage.ended == 0
+    assert (tmp_path / "source" / "file").read_bytes().startswith(b"cached")
 
 
 @pytest.mark.parametrize(

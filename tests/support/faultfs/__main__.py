@@ -17,6 +17,9 @@ from tests.support.faultfs.script import ScriptError
 TASKS = 100_000
 """Operations that may hang at once; each waits in a task of its own."""
 
+LAST_OPERATIONS = 0.5
+"""Seconds for operations that are under way when a signal comes."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
@@ -69,19 +72,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 async def serve(tree: FaultFileSystem) -> None:
-    """Until it is unmounted or a signal comes; what hangs goes on then."""
+    """Until it is unmounted or a signal comes; what hangs goes on then, and what is slow ends."""
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_end_on_signal, tree)
+        nursery.start_soon(_end_on_signal, tree, nursery.cancel_scope)
         await pyfuse3.main(min_tasks=1, max_tasks=TASKS)
         nursery.cancel_scope.cancel()
     tree.write_back()
 
 
-async def _end_on_signal(tree: FaultFileSystem) -> None:
+async def _end_on_signal(tree: FaultFileSystem, everything: trio.CancelScope) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for _ in signals:
             tree.faults.execute("clear")
             pyfuse3.terminate()
+            everything.deadline = trio.current_time() + LAST_OPERATIONS
 
 
 if __name__ == "__main__":

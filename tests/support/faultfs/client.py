@@ -20,6 +20,9 @@ from tests.support.faultfs.script import OPERATIONS, parse
 START = 20.0
 """Seconds in which it must have mounted."""
 
+UNMOUNTED, TERMINATED = 1.0, 10.0
+"""Seconds in which it ends by itself after the unmount, and after a signal."""
+
 
 class FaultFsError(AssertionError):
     """It does not mount, has ended, or does not take a rule."""
@@ -29,7 +32,7 @@ class FaultFs:
     """A context manager around the process; `mountpoint` shows the files of `source`.
 
     Paths in rules are globs relative to `source`.  `control` is the control file: everything here
-    can be done with `echo` and `cat`, too.
+    can be done with `echo` and `cat`, too.  `ended`: the exit code, after `close`.
     """
 
     def __init__(self, source: Path, mountpoint: Path, *, allow_other: bool = False) -> None:
@@ -39,6 +42,7 @@ class FaultFs:
         self._directory = Path(tempfile.mkdtemp(prefix="faultfs."))
         self.control = self._directory / "control"
         self._process: subprocess.Popen[bytes] | None = None
+        self.ended: int | None = None
 
     # -- the process -----------------------------------------------------------------------
 
@@ -48,6 +52,7 @@ class FaultFs:
 
     def start(self) -> None:
         self.mountpoint.mkdir(exist_ok=True)
+        self.ended = None
         command = [sys.executable, "-m", "tests.support.faultfs", *self._options]
         self._process = subprocess.Popen(
             [*command, str(self.source), str(self.mountpoint), "--control", str(self.control)],
@@ -103,19 +108,30 @@ class FaultFs:
 
     def close(self) -> None:
         """Let everything go on that hangs, unmount and end the process."""
+        if self.ended is not None:
+            return
         assert self._process is not None
         if self._process.poll() is None:
             with contextlib.suppress(OSError):
                 self.script("alive", "clear")
         self._unmount()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        # While somebody has a file open it is unmounted, but not at its end.
+        if not self._ends_within(UNMOUNTED):
+            self._process.terminate()
+            if not self._ends_within(TERMINATED):
+                self._process.kill()
+        self.ended = self._process.wait()
         self.control.unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
             self._directory.rmdir()
+
+    def _ends_within(self, seconds: float) -> bool:
+        assert self._process is not None
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     # -- the control file ------------------------------------------------------------------
 
