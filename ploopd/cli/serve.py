@@ -17,6 +17,7 @@ from ploopd.cli.options import ON_OFF, parse_size_option, seconds_or_forever
 if TYPE_CHECKING:
     from ploopd.config import ServeConfig
     from ploopd.daemon import Export
+    from ploopd.frontends.iscsi.config import Portal
 
 
 @click.command()
@@ -25,10 +26,9 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--portal",
-    default="127.0.0.1:3260",
-    show_default=True,
     metavar="HOST:PORT",
-    help="Where to listen; port 0 picks a free one.",
+    help="Where to listen; port 0 picks a free one. Default: 127.0.0.1:3260, and with --lio on "
+    "nowhere.",
 )
 @click.option(
     "--iqn", help="Name of the target; default: iqn.2026-11.org.ploopd:HOSTNAME of this host."
@@ -171,7 +171,7 @@ if TYPE_CHECKING:
 )
 def serve(
     images: tuple[str, ...],
-    portal: str,
+    portal: str | None,
     iqn: str | None,
     read_only: bool,
     control: Path | None,
@@ -201,13 +201,13 @@ def serve(
     all are ready one line for each is printed on stdout: iscsi://HOST:PORT/IQN/LUN, the image and
     its size. If one of them cannot be served none is.
     """
-    from ploopd.config import DeviceConfig, ServeConfig, default_iqn, parse_portal, read_chap_files
+    from ploopd.config import DeviceConfig, ServeConfig, default_iqn, read_chap_files
     from ploopd.frontends.iscsi.config import IscsiConfig
 
     if candidates and len(images) > 1:
         raise click.BadParameter("goes with one IMAGE", param_hint="--candidate")
     iscsi = IscsiConfig(
-        portals=(parse_portal(portal),),
+        portals=_portals(portal, lio=lio == "on"),
         iqn=iqn or default_iqn(),
         chap=read_chap_files(chap_files),
         acl=acl or None,
@@ -239,6 +239,16 @@ def serve(
     )
     config.check()
     _run(config, log_level, hints=hints)
+
+
+def _portals(text: str | None, *, lio: bool) -> tuple[Portal, ...]:
+    """Where the kernel's target is in use, that has the port."""
+    from ploopd.config import parse_portal
+    from ploopd.frontends.iscsi.config import Portal as At
+
+    if text is None:
+        return () if lio else (At(),)
+    return (parse_portal(text),)
 
 
 def _command(text: str | None) -> tuple[str, ...] | None:

@@ -17,7 +17,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OUT = Path(os.environ.get("PLOOPD_TEST_OUT", ROOT / "out")) / "kernel"
-TIMEOUT = 170
+TIMEOUT = 290
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT + 40)]
 

@@ -304,9 +304,9 @@ def test_sixty_four_devices_at_once(kernel: None, initiator: OpenIscsi, scratch:
     with kernel_target.serve(*disks, directory=scratch) as server:
         client = ControlClient(server.control, timeout=60)
         begin = time.monotonic()
-        for disk in disks:
+        for image in disks:
             export = messages.LioExportParameters(
-                name=disk.stem, iqn=IQN, portals=["127.0.0.1:3260"]
+                name=image.stem, iqn=IQN, portals=["127.0.0.1:3260"]
             )
             client.call(messages.LIO_EXPORT, messages.LioReply, export, waiting="export")
         seconds = (time.monotonic() - begin) / len(disks)
@@ -316,11 +316,14 @@ def test_sixty_four_devices_at_once(kernel: None, initiator: OpenIscsi, scratch:
         initiator.login(URL)
         wait_until(lambda: len(initiator.disks(IQN)) == 64, "64 disks", 60)
         for name in initiator.disks(IQN):
-            sh("dd", f"if=/dev/{name}", "of=/dev/null", "bs=4k", "count=1", "iflag=direct")
+            disk = Path("/dev", name)
+            wait_until(disk.exists, name)
+            with disk.open("rb", buffering=0) as file:
+                assert file.read(4096) == bytes(4096)
         initiator.logout(URL)
         begin = time.monotonic()
-        for disk in disks:
-            unexport = messages.LioUnexportParameters(name=disk.stem)
+        for image in disks:
+            unexport = messages.LioUnexportParameters(name=image.stem)
             client.call(messages.LIO_UNEXPORT, messages.LioReply, unexport, waiting="unexport")
         print(f"64 unexports: {(time.monotonic() - begin) / len(disks):.2f} s each")
         client.close()
