@@ -14,7 +14,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OUT = Path(os.environ.get("PLOOPD_TEST_OUT", ROOT / "out")) / "kernel" / "booted"
-TIMEOUT = 150
+TIMEOUT = 200
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * TIMEOUT + 40)]
 
