@@ -29,7 +29,7 @@ from ploopd.control.handlers import all_operations
 from ploopd.control.interface import SERVICE_INTERFACE
 from ploopd.control.listener import ControlSocket, claim_control_socket
 from ploopd.control.server import ControlServer
-from ploopd.device_settings import device_luns, device_names, device_options
+from ploopd.device_settings import device_luns, device_names, device_options, recovery_policy
 from ploopd.device_table import DeviceTable
 from ploopd.devices import Device, Environment
 from ploopd.errors import ExitCode, PloopError, UnsupportedError
@@ -159,9 +159,9 @@ class _Daemon:
         self.portals: list[tuple[str, int]] = []
         self.fused = False
         self.view = None if config.sysfs is None else make_view(self.devices, config.sysfs)
+        self.automation = Automation(control.path)
         self.kernel = self._kernel_front_end() if config.lio else None
         self.exports = None if self.kernel is None else LioExports(self.devices, self.kernel)
-        self.automation = Automation(control.path)
         self.luns = Luns(self.devices, self.target, self.automation, self._users)
         self.reloadable = source is not None
         self.reloader = Reloader(
@@ -250,7 +250,8 @@ class _Daemon:
 
     def _kernel_front_end(self) -> KernelFrontEnd:
         options = device_options(self.config.backstores)
-        return KernelFrontEnd(self.devices, options)
+        policy = recovery_policy(self.config.backstores)
+        return KernelFrontEnd(self.devices, options, self.automation, policy)
 
     async def _serve_control(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

@@ -9,6 +9,7 @@ from functools import partial
 
 import trio
 
+from ploopd.control.automation import Automation, RecoveryPolicy
 from ploopd.control.recovery import replace
 from ploopd.device_table import DeviceTable
 from ploopd.devices import Device, DeviceOptions
@@ -55,12 +56,21 @@ class KernelDevice:
 
 
 class KernelDevices:
-    """Finds or opens what a backstore's configuration string names; `options` are for images that
-    are opened here.  A device that was opened here is closed when its last backstore is gone."""
+    """Finds or opens what a backstore's configuration string names; `options` and `policy` are for
+    images that are opened here.  A device that was opened here is closed when its last backstore is
+    gone.  `automation` recovers devices, and stands aside for who changes a medium."""
 
-    def __init__(self, table: DeviceTable, options: DeviceOptions) -> None:
+    def __init__(
+        self,
+        table: DeviceTable,
+        options: DeviceOptions,
+        automation: Automation,
+        policy: RecoveryPolicy | None = None,
+    ) -> None:
         self._table = table
         self.options = options
+        self.policy = policy or RecoveryPolicy()
+        self._automation = automation
         self._users: dict[Device, int] = {}
         self._opened: set[Device] = set()
         self._opening = trio.Lock()
@@ -73,6 +83,7 @@ class KernelDevices:
                 assert reference.image is not None
                 device = await self._table.add(reference.image, self.options)
                 self._opened.add(device)
+                self._automation.add(device, self.policy)
                 log.info("event=device-opened device=%s image=%r", device.name, device.image)
             self._users[device] = self.users(device) + 1
             return KernelDevice(device)
@@ -108,6 +119,8 @@ class KernelDevices:
             if device.device not in self._opened:
                 return
             self._opened.discard(device.device)
+            async with self._automation.operator(device.device):
+                self._automation.remove(device.device)
             try:
                 await self._table.remove(device.device)
             except PloopError as error:
@@ -139,4 +152,5 @@ class KernelDevices:
                 field="cfgstring",
                 value=str(reference),
             )
-        await replace(device.device, reference.image)
+        async with self._automation.operator(device.device):
+            await replace(device.device, reference.image)

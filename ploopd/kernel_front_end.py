@@ -7,6 +7,7 @@ from pathlib import Path
 
 import trio
 
+from ploopd.control.automation import Automation, RecoveryPolicy
 from ploopd.device_table import DeviceTable
 from ploopd.devices import DeviceOptions
 from ploopd.errors import NotFoundError, UsageError
@@ -22,17 +23,20 @@ log = logging.getLogger(__name__)
 
 
 class KernelFrontEnd:
-    """Serves backstores of the kind `user:ploop`; `options` are for images that they name."""
+    """Serves backstores of the kind `user:ploop`; `options` and `policy` are for images that they
+    name."""
 
     def __init__(
         self,
         table: DeviceTable,
         options: DeviceOptions,
+        automation: Automation,
+        policy: RecoveryPolicy | None = None,
         *,
         state: Path = STATE_DIRECTORY,
         kernel: Kernel | None = None,
     ) -> None:
-        self.devices = KernelDevices(table, options)
+        self.devices = KernelDevices(table, options, automation, policy)
         self.server = TcmuServer(self.devices, state, kernel=kernel)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

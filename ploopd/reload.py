@@ -336,6 +336,7 @@ class Reloader:
         new, old = loaded.serve, self._config
         if new.backstores != old.backstores and self._kernel is not None:
             self._kernel.options = device_options(new.backstores)
+            self._kernel.policy = recovery_policy(new.backstores)
             self._config = replace(self._config, backstores=new.backstores)
             changed.append("defaults")
         restart = [

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import trio
 
+from ploopd.control.automation import Automation, DeviceFiles, RecoveryPolicy
 from ploopd.device_table import DeviceTable
 from ploopd.devices import DeviceOptions, Environment
-from ploopd.errors import ImageFormatError, NotFoundError, PloopError, UsageError
+from ploopd.errors import ImageFormatError, NotFoundError, PloopError, StorageError, UsageError
 from ploopd.fileio.engine import make_engine
 from ploopd.frontends.tcmu.names import Reference
 from ploopd.kernel_devices import KernelDevices
@@ -57,7 +60,7 @@ def overwrite(path: Path, offset: int, data: bytes) -> None:
 
 async def test_a_served_device_is_found_and_stays(table: DeviceTable, image: Path) -> None:
     device = await table.add(str(image))
-    devices = KernelDevices(table, DeviceOptions())
+    devices = KernelDevices(table, DeviceOptions(), Automation(Path("/nowhere")))
     by_name = await devices.acquire(Reference(device="disk"))
     by_path = await devices.acquire(Reference(image=f"{image.parent}/./disk.hds"))
     assert by_name.unit is by_path.unit is device.unit
@@ -73,7 +76,7 @@ async def test_a_served_device_is_found_and_stays(table: DeviceTable, image: Pat
 async def test_an_image_is_opened_for_its_first_and_closed_after_its_last_backstore(
     table: DeviceTable, image: Path
 ) -> None:
-    devices = KernelDevices(table, DeviceOptions())
+    devices = KernelDevices(table, DeviceOptions(), Automation(Path("/nowhere")))
     reference = Reference(image=str(image))
     first, second = await devices.acquire(reference), await devices.acquire(reference)
     assert len(table) == 1
@@ -85,7 +88,7 @@ async def test_an_image_is_opened_for_its_first_and_closed_after_its_last_backst
 
 
 async def test_two_at_once_open_the_image_once(table: DeviceTable, image: Path) -> None:
-    devices = KernelDevices(table, DeviceOptions())
+    devices = KernelDevices(table, DeviceOptions(), Automation(Path("/nowhere")))
     async with trio.open_nursery() as nursery:
         for _ in range(4):
             nursery.start_soon(devices.acquire, Reference(image=str(image)))
@@ -93,7 +96,7 @@ async def test_two_at_once_open_the_image_once(table: DeviceTable, image: Path) 
 
 
 async def test_unknown_names_and_files_are_told(table: DeviceTable, tmp_path: Path) -> None:
-    devices = KernelDevices(table, DeviceOptions())
+    devices = KernelDevices(table, DeviceOptions(), Automation(Path("/nowhere")))
     with pytest.raises(NotFoundError, match="there are: none"):
         await devices.acquire(Reference(device="disk"))
     with pytest.raises(NotFoundError, match=r"missing\.hds"):
@@ -106,7 +109,7 @@ async def test_unknown_names_and_files_are_told(table: DeviceTable, tmp_path: Pa
 async def test_a_check_tells_what_would_happen_and_changes_nothing(
     table: DeviceTable, image: Path
 ) -> None:
-    devices = KernelDevices(table, DeviceOptions())
+    devices = KernelDevices(table, DeviceOptions(), Automation(Path("/nowhere")))
     before = content(image)
     await devices.check(Reference(image=str(image)))
     assert content(image) == before
@@ -121,7 +124,7 @@ async def test_a_check_tells_what_would_happen_and_changes_nothing(
 
 
 async def test_another_medium_is_a_replace(table: DeviceTable, image: Path, tmp_path: Path) -> None:
-    devices = KernelDevices(table, DeviceOptions())
+    devices = KernelDevices(table, DeviceOptions(), Automation(Path("/nowhere")))
     served = await devices.acquire(Reference(image=str(image)))
     other = tmp_path / "other.hds"
     create_image(str(other), SIZE, 1 << 20, 2)
@@ -129,3 +132,58 @@ async def test_another_medium_is_a_replace(table: DeviceTable, image: Path, tmp_
     assert [device.image for device in table] == [str(other)]
     with pytest.raises(UsageError, match="a device's name"):
         await devices.change_medium(served, Reference(device="disk"))
+
+
+async def test_a_change_of_medium_stops_an_automatic_recovery_under_way(
+    table: DeviceTable, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator wins: what reopens the old image is not waited for, nor does it refuse him."""
+    other = tmp_path / "other.hds"
+    shutil.copyfile(image, other)
+    began, gone = trio.Event(), False
+
+    async def slow(_files: DeviceFiles, _path: str) -> None:
+        nonlocal gone
+        began.set()
+        try:
+            await trio.sleep_forever()
+        finally:
+            gone = True
+
+    monkeypatch.setattr(DeviceFiles, "fingerprint", slow)
+    device = await table.add(str(image))
+    device.bind()
+    automation = Automation(Path("/nowhere"))
+    devices = KernelDevices(table, DeviceOptions(), automation)
+    served = await devices.acquire(Reference(device="disk"))
+    automation.add(device, RecoveryPolicy(mode="reopen"))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(automation.run)
+        device.gate.judge(StorageError(errno.EIO, "write"))
+        with trio.fail_after(10):
+            await began.wait()
+        await devices.change_medium(served, Reference(image=str(other)))
+        assert gone
+        nursery.cancel_scope.cancel()
+    assert device.image == str(other)
+    assert device.gate.standby_text == "off"
+
+
+async def test_an_image_that_is_opened_for_a_backstore_is_recovered_as_configured(
+    table: DeviceTable, image: Path
+) -> None:
+    automation = Automation(Path("/nowhere"))
+    devices = KernelDevices(table, DeviceOptions(), automation, RecoveryPolicy(mode="reopen"))
+    served = await devices.acquire(Reference(image=str(image)))
+    (device,) = table
+    served.bind()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(automation.run)
+        device.gate.judge(StorageError(errno.EIO, "write"))
+        with trio.fail_after(10):
+            while device.gate.standby_text == "on":  # noqa: ASYNC110 - nobody announces it
+                await trio.sleep(0.01)
+        served.unbind()
+        await devices.release(served)
+        assert not list(table)
+        nursery.cancel_scope.cancel()
