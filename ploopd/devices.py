@@ -373,6 +373,7 @@ class Device:
         async def close() -> None:
             try:
                 await volume.close()
+                self._remember_late(opened)
             except StorageError as error:
                 problem.append(error)
                 self.abandon(opened)
@@ -400,6 +401,9 @@ class Device:
             self.volume_open = False
         opened.volume.abandon()
         self._abandoned.append(opened)
+        self._remember_late(opened)
+
+    def _remember_late(self, opened: OpenedVolume) -> None:
         late = opened.volume.late_references()
         if late:
             self._late_references.setdefault(opened.inode, set()).update(late)

@@ -33,6 +33,7 @@ class Allocator:
         "_pending",
         "_syncing",
         "_unknown",
+        "_withdrawn",
         "_zero",
         "end",
         "first",
@@ -49,6 +50,7 @@ class Allocator:
         heapq.heapify(self._unknown)
         self._pending: list[tuple[int, bool]] = []
         self._syncing: list[tuple[int, bool]] | None = None
+        self._withdrawn: set[int] = set()
 
     @property
     def used(self) -> int:
@@ -114,7 +116,11 @@ class Allocator:
         """The file has been extended by `count` clusters that read as zeros on stable storage."""
         start = self.end
         self.end += count
-        self.add_zero(start, count)
+        runs = [(start, count)]
+        for host in self._withdrawn:
+            runs = _without(runs, host)
+        for run in runs:
+            self.add_zero(*run)
 
     def free(self, host: int, *, zeroed: bool) -> None:
         """`host` lost its BAT entry; it is free after the next sync that begins later.
@@ -145,8 +151,10 @@ class Allocator:
                     self.add_unknown(start, count)
 
     def withdraw(self, hosts: Iterable[int]) -> None:
-        """Never use these holes: somebody else's late write may still come to refer to them."""
+        """Never use these clusters, whether they are holes now or the file is extended by them:
+        somebody else's late write may still come to refer to them, or to change them."""
         for host in hosts:
+            self._withdrawn.add(host)
             self._unknown = _without(self._unknown, host)
             heapq.heapify(self._unknown)
 

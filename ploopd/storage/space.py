@@ -22,7 +22,8 @@ class Space:
 
     `entries`: BAT entries, the most clusters that can ever be needed.  `step`: bytes by which the
     file is extended (less for small disks).  `max_end`: clusters a file can have for its entries
-    to fit.
+    to fit.  `unnamed`: clusters that were taken and have no entry, also when they were given back:
+    what was written into them may land late.
     """
 
     __slots__ = (
@@ -35,6 +36,7 @@ class Space:
         "_step",
         "_sync",
         "_wanted_step",
+        "unnamed",
     )
 
     def __init__(
@@ -57,6 +59,7 @@ class Space:
         self._wanted_step = max(1, step // cluster_size)
         self._step = self._wanted_step
         self._refilling = trio.Lock()
+        self.unnamed: set[int] = set()
 
     async def take(self) -> int:
         """A cluster that reads as zeros on stable storage and that nothing names.
@@ -64,7 +67,7 @@ class Space:
         Raises StorageError; with one of NO_ROOM nothing has been changed.
         """
         while True:
-            host = self._allocator.take()
+            host = self.take_now()
             if host:
                 return host
             async with self._refilling:
@@ -81,7 +84,14 @@ class Space:
 
     def take_now(self) -> int:
         """Like `take`, by a plain call; 0 if there is none without I/O."""
-        return self._allocator.take()
+        host = self._allocator.take()
+        if host:
+            self.unnamed.add(host)
+        return host
+
+    def named(self, host: int) -> None:
+        """`host` was taken, and has its BAT entry now."""
+        self.unnamed.discard(host)
 
     async def _refill(self) -> None:
         """Make at least one cluster usable, the cheapest way first."""

@@ -352,9 +352,12 @@ class Volume:
         return self._stack.in_flight
 
     def late_references(self) -> set[int]:
-        """Host clusters of the top that a late BAT write of this volume may come to name."""
-        bat = self._core.bat
-        return set() if bat is None else bat.referenced_by_late_writes()
+        """Host clusters of the top that a late BAT write of this volume may come to name, or that a
+        late write of data may come to change although nothing names them."""
+        bat, space = self._core.bat, self._core.space
+        if bat is None or space is None:
+            return set()
+        return bat.referenced_by_late_writes() | space.unnamed
 
     def withdraw(self, hosts: Iterable[int]) -> None:
         """Never use these host clusters of the top, as far as they are free: see

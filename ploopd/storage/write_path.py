@@ -101,7 +101,10 @@ def write_new_now(core: Core, cluster: int, within: int, buffer: memoryview) -> 
     finally:
         if not written:
             core.space.give_back(host)
-    return written and core.bat.put_now(cluster, host)
+    if not written or not core.bat.put_now(cluster, host):
+        return False
+    core.space.named(host)
+    return True
 
 
 async def _write_new(core: Core, cluster: int, within: int, buffer: memoryview) -> None:
@@ -115,6 +118,7 @@ async def _write_new(core: Core, cluster: int, within: int, buffer: memoryview) 
         core.space.give_back(host)
         raise
     await core.bat.put(cluster, host)
+    core.space.named(host)
 
 
 async def copy_up(
@@ -156,6 +160,7 @@ async def _write_copy(core: Core, cluster: int, view: memoryview) -> None:
         core.space.give_back(host)
         raise
     await core.bat.put(cluster, host)
+    core.space.named(host)
 
 
 def is_zero(buffer: memoryview) -> bool:

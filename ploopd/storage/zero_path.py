@@ -151,6 +151,7 @@ async def _hide(core: Core, clusters: range, unmap: bool) -> None:
     for cluster in clusters:
         host = await core.space.take()
         await core.bat.put(cluster, host)
+        core.space.named(host)
         if host != end:
             if unmap and end:
                 await core.top.async_punch(start * size, (end - start) * size)

@@ -399,10 +399,12 @@ async def test_a_device_that_ends_when_there_is_room_again_loses_nothing(
 
 
 @pytest.mark.trio
+@pytest.mark.parametrize("start", [64, CLUSTER], ids=["entry", "data"])
 async def test_a_cluster_that_a_failed_replay_may_have_given_away_is_not_used(
-    directory: Path, faulty: FaultyOs
+    start: int, directory: Path, faulty: FaultyOs
 ) -> None:
-    """Its entry was written, and the answer was an error: on some storages it lands later."""
+    """Its entry, or its data, was written, and the answer was an error: on some storages it lands
+    later."""
     path = image(directory)
     async with serving(faulty) as served:
         device = await served.add(path, KEPT)
@@ -415,7 +417,14 @@ async def test_a_cluster_that_a_failed_replay_may_have_given_away_is_not_used(
             faulty.clear()
             path.write_bytes(left)
             faulty.add(
-                Fault(op="write", path="disk.hds", start=64, end=68, count=None, error=errno.EIO)
+                Fault(
+                    op="write",
+                    path="disk.hds",
+                    start=start,
+                    end=start + 4,
+                    count=None,
+                    error=errno.EIO,
+                )
             )
             with pytest.raises(StorageError, match="EIO"):
                 await replace(device, str(path))

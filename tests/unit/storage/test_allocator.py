@@ -126,3 +126,12 @@ def test_withdrawn_clusters_are_never_used() -> None:
     runs = allocator.claim_unknown(100)
     assert runs == [(2, 1), (4, 3), (8, 1)]
     assert allocator.used_end() == 10
+
+
+def test_what_was_withdrawn_is_used_neither_as_a_hole_nor_when_the_file_grows_over_it() -> None:
+    allocator = Allocator(first=1, end=4, holes=[(1, 2)])
+    allocator.withdraw([2, 5])
+    assert allocator.claim_unknown(8) == [(1, 1)]
+    allocator.extended(3)
+    assert [allocator.take() for _ in range(3)] == [4, 6, 0]
+    assert allocator.used_end() == 7
