@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol, TypeVar
@@ -12,6 +14,7 @@ import trio
 
 from ploopd.disownable import disownable
 from ploopd.errors import PloopError, UsageError
+from ploopd.fileio.polling import WINDOW, AdaptivePoll
 from ploopd.frontends.tcmu.handler import Handler
 from ploopd.frontends.tcmu.restart import RestartNotes
 from ploopd.frontends.tcmu.ring import Ring, RingError
@@ -24,6 +27,9 @@ CONFIGFS_SECONDS = 10.0
 
 GIVE_BACK_SECONDS = 2.0
 """For commands in execution to end after the others have been given back."""
+
+ROUNDS = 64
+"""Batches worked on in a row before other tasks get their turn."""
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +66,8 @@ class Attachment:
 
     `start` raises a PloopError when that cannot be; then `serve` runs until the kernel removes the
     device, `stop` or cancellation.  `ended` is set when nothing of it is open any more, `settled`
-    when none of its commands is in execution any more, either.
+    when none of its commands is in execution any more, either.  `alone` says whether no other
+    device is served.
     """
 
     def __init__(
@@ -75,6 +82,7 @@ class Attachment:
         self.device = device
         self.ended = trio.Event()
         self.settled = trio.Event()
+        self.alone = _always
         self._new = True
         self._kernel = kernel
         self._notes = notes
@@ -223,19 +231,45 @@ class Attachment:
             ) from broken
 
     async def _take(self) -> None:
-        handler, file = self._handler, self._file
+        handler, file, poll = self._handler, self._file, AdaptivePoll()
         file.tell()  # of answers whose giver died before it could
+        rounds = 0
         while True:
             if handler.process():
                 file.tell()
             if handler.broken is not None:
                 return
-            if handler.more:
-                await trio.lowlevel.checkpoint()  # it is the turn of others
+            if (handler.more or self._more_comes(poll)) and rounds < ROUNDS:
+                rounds += 1
                 continue
-            await trio.lowlevel.wait_readable(file.fileno())
+            if rounds:  # wake-ups that nobody has waited for are still there
+                rounds = 0
+                await trio.lowlevel.checkpoint()
+            else:
+                await trio.lowlevel.wait_readable(file.fileno())
             if not file.acknowledge():
                 return  # the device was removed
+
+    def _more_comes(self, poll: AdaptivePoll) -> bool:
+        """Look for commands a moment longer, giving way to whoever may be about to send them.
+
+        Only where nobody else can be waiting for the loop: one device, nothing in execution.
+        """
+        if not self.alone() or self._handler.busy or not poll.wanted():
+            return False
+        waiting, give_way, now = self._handler.waiting, os.sched_yield, time.perf_counter
+        give_way()
+        if waiting():
+            poll.ended(True)
+            return True
+        end = now() + WINDOW
+        while not waiting():
+            if now() > end:
+                poll.ended(False)
+                return False
+            give_way()
+        poll.ended(True)
+        return True
 
     async def _tell(self) -> None:
         """Tell the kernel of answers that were given outside of `_take`, of many at once."""
@@ -282,3 +316,7 @@ class Attachment:
         trio.lowlevel.notify_closing(self._file.fileno())
         self._file.close()
         self.ended.set()
+
+
+def _always() -> bool:
+    return True

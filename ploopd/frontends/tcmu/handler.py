@@ -65,6 +65,13 @@ class Handler:
         """Commands in execution or parked."""
         return self.ring.outstanding
 
+    def waiting(self) -> bool:
+        """There is something to `process`."""
+        try:
+            return self.ring.waiting
+        except RingError:
+            return True  # which finds it, too
+
     # -- taking ----------------------------------------------------------------------------
 
     def process(self) -> bool:

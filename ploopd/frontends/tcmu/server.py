@@ -32,6 +32,9 @@ from ploopd.frontends.tcmu.uio import Kernel, UioDevice
 SCAN_SECONDS = 1.0
 """Between looks into sysfs without netlink; with it ten times as long."""
 
+SUBSCRIBE_SECONDS = 5.0
+"""Until netlink is tried again; it comes with the kernel's module."""
+
 RETRY_FIRST, RETRY_MOST = 0.5, 30.0
 """Seconds until a device that could not be served is tried again, growing."""
 
@@ -180,6 +183,7 @@ class TcmuServer:
         device = await self._provider.acquire(reference)
         try:
             attachment = Attachment(self._kernel, uio, device, self._notes, self._limiter)
+            attachment.alone = lambda: len(self.attached) == 1
             await attachment.start()
             self.attached[uio.name.backstore] = attachment
             self._failures.pop(uio, None)
@@ -222,16 +226,23 @@ class TcmuServer:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Subscribe to the kernel's events; without the family go on without them."""
-        try:
-            channel, family = await _subscribe()
-        except (netlink.NetlinkError, OSError) as error:
-            log.info("event=tcmu-no-netlink reason=%r", str(error))
-            task_status.started()
-            return
+        """Subscribe to the kernel's events; while there is no such family, go on without them."""
+        started = False
+        while True:
+            try:
+                channel, family = await _subscribe()
+                break
+            except (netlink.NetlinkError, OSError) as error:
+                if not started:
+                    log.info("event=tcmu-no-netlink reason=%r", str(error))
+                    task_status.started()
+                    started = True
+            await trio.sleep(SUBSCRIBE_SECONDS)
         with channel:
             self._interval = 10 * SCAN_SECONDS
-            task_status.started()
+            if not started:
+                task_status.started()
+            self._wake.set()  # what came before was not told
             while True:
                 try:
                     datagram, sender = await channel.recvfrom(1 << 16)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
 import pytest
 import trio
 import trio.testing
 
 from ploopd.disownable import disownable
-from ploopd.frontends.tcmu import attachment
+from ploopd.frontends.tcmu import attachment, netlink, server
 from ploopd.frontends.tcmu.uio import UioDevice
 from tests.support.memory_device import Completion
 from tests.unit.frontends.tcmu.rig import READ, SIZE, Disk, Rig
@@ -120,6 +123,63 @@ async def test_one_busy_device_lets_others_have_their_turn(rig: Rig, clock: Cloc
     rig.file.kernel_end.send(b"\1\0\0\0")
     await rig.until(lambda: fake.harvest() is not None and len(fake.answers) == 600)
     assert 3 <= rig.file.tells() <= 20
+
+
+async def test_a_command_that_comes_while_we_still_look(
+    rig: Rig, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is worked on without its wake-up; those that come later still wake."""
+    fake = rig.machine.add(1)
+    given_way = 0
+
+    def initiator_runs() -> None:
+        nonlocal given_way
+        given_way += 1
+        if given_way == 1:
+            fake.command(READ, expect=4096)
+
+    monkeypatch.setattr(os, "sched_yield", initiator_runs)
+    await serve(rig)
+    await rig.until(fake.harvest)
+    fake.command(READ, expect=4096)
+    rig.file.kernel_end.send(b"\1\0\0\0")
+    await rig.until(fake.harvest)
+
+
+async def test_nobody_looks_longer_where_others_may_wait(
+    rig: Rig, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = [rig.machine.add(minor) for minor in (1, 2)]
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.disk.bound == 2)
+    monkeypatch.setattr(os, "sched_yield", lambda: pytest.fail("it is not alone"))
+    for _ in range(3):
+        for file in rig.machine.files:
+            file.fake.command(READ, expect=4096)
+            file.kernel_end.send(b"\1\0\0\0")
+        for fake in fakes:
+            await rig.until(fake.harvest)
+
+
+async def test_netlink_that_comes_later_is_used(
+    rig: Rig, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon was there before the kernel's module."""
+    tries = 0
+
+    async def subscribe() -> tuple[trio.socket.SocketType, netlink.Family]:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise netlink.NetlinkError("no such family")
+        ours, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        return trio.socket.from_stdlib_socket(ours), netlink.Family(message_type=30, group=2)
+
+    monkeypatch.setattr(server, "_subscribe", subscribe)
+    await rig.nursery.start(rig.server.serve)
+    assert tries == 1
+    await trio.sleep(60)
+    assert tries == 3
 
 
 class TestSlowStorage:
