@@ -322,6 +322,34 @@ def test_a_storage_that_hangs_keeps_its_device_unless_it_is_forced(
         assert "Traceback" not in service.server.stderr
 
 
+@pytest.mark.fuse
+def test_the_end_does_not_wait_for_a_reload(storage: FaultFs, tmp_path: Path) -> None:
+    service = Service(tmp_path)
+    images.write_delta(storage.source / "b.hds", SIZE, {}, cluster_size=65536)
+    service.images["b"] = storage.mountpoint / "b.hds"
+    service.write("IMAGE a", "IMAGE b")
+    with service.server:
+        with Initiator(service.url(1)) as initiator:
+            initiator.settle()
+            initiator.good(initiator.write(0, bytes(4096)))
+            storage.hang("b.hds", "fsync")
+            initiator.synchronize_cache()
+            initiator.poll(0.1)
+            wait_until(lambda: storage.status()["hanging"] > 0)
+            service.write("IMAGE a")
+            os.kill(service.server.pid, signal.SIGHUP)
+            wait_until(lambda: len(reported(initiator)) == 1)  # b is being taken away
+            process = service.server.process
+            assert process is not None
+            process.terminate()
+            storage.clear()
+            assert process.wait(30) == 0, service.server.stderr[-2000:]
+        service.server._forget()
+        assert "Traceback" not in service.server.stderr
+    for image in service.images.values():
+        assert oracles.in_use_word(image) == 0
+
+
 def test_the_service_manager_is_told(tmp_path: Path, manager: Manager) -> None:
     service = Service(tmp_path)
     service.write("IMAGE a", "IMAGE b")
