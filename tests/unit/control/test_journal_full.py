@@ -82,9 +82,9 @@ async def test_a_sync_that_failed_for_want_of_space_is_made_up_for_when_there_is
                 await flush(device)
         with path.open("r+b") as file:
             file.write(left)
-        assert device.gate.full is not None
+        assert full_text(device) is not None
         await flush(device)
-        assert device.gate.full is None
+        assert full_text(device) is None
         assert device.gate.standby_text == "off"
         assert device.journaling.status is not None
         assert device.journaling.status.requests == 0
