@@ -21,6 +21,7 @@ from tests.support.images import MIB
 from tests.support.initiator import Initiator
 from tests.support.load import BLOCK, Journal, Load, LoadError, Mix
 from tests.support.serve import ServeProcess
+from tests.support.stage import Operator
 
 pytestmark = [pytest.mark.functional, pytest.mark.fuse, pytest.mark.timeout(120)]
 
@@ -149,15 +150,17 @@ def test_a_steady_writer_that_never_flushes_stays_within_the_bound(
         storage.mountpoint / "disk.hds", directory=tmp_path, options=options
     ) as server:
         (device,) = server.device_names()
-        with Initiator(server.url) as initiator:
+        with Initiator(server.url) as initiator, Operator(server.control, device) as operator:
             initiator.settle()
             syncs = storage.status()["seen"].get("fsync", 0)
             largest = 0
             for round_ in range(80):
                 data = bytes([round_ + 1]) * 262144
                 initiator.good(initiator.write(round_ % 16 * 4096, data))
-                largest = max(largest, server.ctl_json("device", "show", device)["journal"]["used"])
-            assert largest <= limit
+                journal = operator.details().journal
+                assert journal is not None
+                largest = max(largest, journal.used)
+            assert 0 < largest <= limit
             assert storage.status()["seen"]["fsync"] - syncs >= 9
             initiator.logout()
         assert server.stop() == 0
