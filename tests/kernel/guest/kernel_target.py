@@ -56,18 +56,18 @@ def loop_disk(backstore: str, wwn: str = "naa.5001405000000001") -> Path:
 
 
 def wait_for_loop_disk() -> Path:
-    found: list[str] = []
+    wait_until(loop_disks, "the disk of tcm_loop")
+    return loop_disks()[0]
 
-    def there() -> bool:
-        found[:] = [
-            block.name
-            for block in Path("/sys/block").iterdir()
-            if "tcm_loop" in os.path.realpath(block)
-        ]
-        return bool(found) and Path("/dev", found[0]).exists()
 
-    wait_until(there, "the disk of tcm_loop")
-    return Path("/dev", found[0])
+def loop_disks() -> list[Path]:
+    """The disks of tcm_loop."""
+    disks = [
+        Path("/dev", block.name)
+        for block in Path("/sys/block").iterdir()
+        if "tcm_loop" in os.path.realpath(block)
+    ]
+    return sorted(disk for disk in disks if disk.exists())
 
 
 def backstores() -> list[str]:
