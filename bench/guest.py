@@ -159,7 +159,7 @@ def run(options: argparse.Namespace, directory: Path, stack: ExitStack) -> list[
         }
         for disk in disks.values():  # once through the caches of both
             sh("dd", f"if={disk}", "of=/dev/null", "bs=1M", "iflag=direct")
-        for depth in DEPTHS:
+        for depth in options.depth or DEPTHS:
             row = Row(fabric=fabric, depth=depth, samples={SUBJECT: [], PEER: []})
             for number in range(options.rounds):
                 for handler in (SUBJECT, PEER) if number % 2 else (PEER, SUBJECT):
@@ -195,6 +195,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each handler")
     parser.add_argument("--size", type=int, default=256, metavar="MIB", help="of the disks")
+    parser.add_argument(
+        "--depth", type=int, action="append", choices=DEPTHS, help="only this queue depth"
+    )
     parser.add_argument("--output", type=Path, default=Path("/out"), help="for bench-kernel.md")
     options = parser.parse_args(arguments)
     if os.environ.get("PLOOPD_IN_GUEST") != "1":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
+import select
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol, TypeVar
@@ -14,7 +14,7 @@ import trio
 
 from ploopd.disownable import disownable
 from ploopd.errors import PloopError, UsageError
-from ploopd.fileio.polling import WINDOW, AdaptivePoll
+from ploopd.fileio.polling import AdaptivePoll
 from ploopd.frontends.tcmu.handler import Handler
 from ploopd.frontends.tcmu.restart import RestartNotes
 from ploopd.frontends.tcmu.ring import Ring, RingError
@@ -27,6 +27,12 @@ CONFIGFS_SECONDS = 10.0
 
 GIVE_BACK_SECONDS = 2.0
 """For commands in execution to end after the others have been given back."""
+
+PATIENCE = 500e-6
+"""Seconds to wait for the next command without the loop, where that is not in vain."""
+
+MOST_SELECT = 1024
+"""select(2) takes descriptors below."""
 
 ROUNDS = 64
 """Batches worked on in a row before other tasks get their turn."""
@@ -91,6 +97,7 @@ class Attachment:
         self._grace: float | None = None
         self._idle = trio.Event()
         self._teller = Sleeper()
+        self._quick = AdaptivePoll()
         self._file: SharedMemory
         self._handler: Handler
 
@@ -251,25 +258,27 @@ class Attachment:
                 return  # the device was removed
 
     def _more_comes(self, poll: AdaptivePoll) -> bool:
-        """Look for commands a moment longer, giving way to whoever may be about to send them.
+        """Wait for commands a moment longer before the loop sleeps, which costs more.
 
-        Only where nobody else can be waiting for the loop: one device, nothing in execution.
+        Only where nobody else can be waiting for the loop: one device, nothing in execution; and
+        where they come one by one: of many, more come together while the loop sleeps.  The first
+        look gives way to whoever may be about to send one, the second one sleeps.
         """
-        if not self.alone() or self._handler.busy or not poll.wanted():
+        handler, descriptor = self._handler, self._file.fileno()
+        if handler.taken > 1 or handler.busy or not self.alone() or not poll.wanted():
             return False
-        waiting, give_way, now = self._handler.waiting, os.sched_yield, time.perf_counter
-        give_way()
-        if waiting():
-            poll.ended(True)
-            return True
-        end = now() + WINDOW
-        while not waiting():
-            if now() > end:
-                poll.ended(False)
-                return False
-            give_way()
-        poll.ended(True)
-        return True
+        if descriptor >= MOST_SELECT:
+            return False
+        found = False
+        if self._quick.wanted():
+            os.sched_yield()
+            found = handler.waiting()
+            self._quick.ended(found)
+        if not found:
+            self._file.acknowledge()  # of what has been worked on, or it would not sleep
+            found = handler.waiting() or bool(select.select((descriptor,), (), (), PATIENCE)[0])
+        poll.ended(found)
+        return found
 
     async def _tell(self) -> None:
         """Tell the kernel of answers that were given outside of `_take`, of many at once."""

@@ -37,8 +37,9 @@ class Handler:
     """Serves `unit` through `ring`.
 
     `on_answer` is called when an answer was put into the ring outside of `process`: the kernel has
-    to be told soon, once for all answers until then.  `more`: there are entries that the last
-    `process` has not come to.  `broken` is what makes no sense in the ring; then it is over.
+    to be told soon, once for all answers until then.  `taken`: how many entries the last `process`
+    has worked on; `more`: there are some that it has not come to.  `broken` is what makes no sense
+    in the ring; then it is over.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Handler:
         self.unit = unit
         self.broken: RingError | None = None
         self.more = False
+        self.taken = 0
         self._on_answer = on_answer
         self._target = Target(f"tcmu,{name}")
         self._target.add_unit(0, unit)
@@ -81,7 +83,9 @@ class Handler:
         self._inside = True
         try:
             before = ring.tail
+            taken = 0
             for entry in ring.take(BATCH):
+                taken += 1
                 if isinstance(entry, Command):
                     if not self._at_once(entry):
                         self._as_task(entry)
@@ -89,6 +93,7 @@ class Handler:
                     self._manage(entry)
             self._nexus.kick()
             ring.settle()
+            self.taken = taken
             self.more = ring.waiting
             return ring.tail != before
         except RingError as error:

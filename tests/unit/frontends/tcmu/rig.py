@@ -32,6 +32,7 @@ class Wakeable:
         self.end.setblocking(False)
         self.kernel_end.setblocking(False)
         self.closed = False
+        self.gone = False
 
     def fileno(self) -> int:
         return self.end.fileno()
@@ -40,10 +41,11 @@ class Wakeable:
         return memoryview(self.fake.memory)
 
     def acknowledge(self) -> bool:
-        try:
-            return self.end.recv(4) != b"gone"
-        except BlockingIOError:
-            return True
+        with contextlib.suppress(BlockingIOError):
+            self.gone = self.gone or self.end.recv(4) == b"gone"
+        if self.gone:
+            self.kernel_end.send(b"\1\0\0\0")  # POLLHUP stays
+        return not self.gone
 
     def tell(self) -> None:
         self.end.send(b"\0\0\0\0")
