@@ -212,7 +212,7 @@ def kernel_log() -> str:
 class Load:
     """fio that writes and verifies; it sees every error there is."""
 
-    def __init__(self, disk: Path, directory: Path, *extra: str, size: str = "64m") -> None:
+    def __init__(self, disk: Path, directory: Path, *extra: str, size: str = "48m") -> None:
         self.log = directory / f"fio-{disk.name}.log"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
