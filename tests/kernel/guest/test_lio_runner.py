@@ -23,6 +23,14 @@ IQN = "iqn.2026-01.org.example:disks"
 NEVER_WAIT = "control=nl_reply_supported=-1"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def promise(lio: None) -> Iterator[None]:
+    """What tcmu-runner promises the kernel is forgotten with the module only."""
+    yield
+    sh("rmmod", "target_core_user")
+    sh("modprobe", "target_core_user")
+
+
 @pytest.fixture
 def web(kernel: None, bus: None, scratch: Path) -> Path:
     if shutil.which("tcmu-runner") is None:
