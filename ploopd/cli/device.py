@@ -103,7 +103,7 @@ def detail_fields(details: DeviceDetails) -> list[tuple[str, str]]:
         ("parked", f"{details.parked_requests} requests, {format_size(details.parked_bytes)}"),
         ("journal", "off" if details.journal is None else _journal(details.journal)),
         ("recovery", details.recovery),
-        ("standby errors", " ".join(details.standby_errnos)),
+        ("errnos", " ".join(details.standby_errnos)),
     ]
     fields += [("url", url) for url in details.urls]
     fields += [(f"layer {one.level}", f"{one.path} ({one.kind})") for one in details.layers]
