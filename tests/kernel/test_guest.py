@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OUT = Path(os.environ.get("PLOOPD_TEST_OUT", ROOT / "out")) / "kernel"
 TIMEOUT = 600
-"""Seconds for the guest: on a quiet machine it takes less than half of them."""
+"""Seconds for the guest, which runs on one CPU and shares it with whatever else there is."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT + 40)]
 
