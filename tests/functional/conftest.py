@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support import oracles
+from tests.support.faultfs import FaultFs
 from tests.support.images import KINDS, ImageCase
 from tests.support.serve import ServeProcess
 
@@ -37,6 +38,18 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
             return stack.enter_context(process)
 
         yield start
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Iterator[FaultFs]:
+    """A storage that fails when told, with nothing on it."""
+    missing = oracles.missing_for_fuse()
+    if missing is not None:
+        pytest.skip(missing)
+    source = tmp_path / "source"
+    source.mkdir()
+    with FaultFs(source, tmp_path / "mount") as fs:
+        yield fs
 
 
 @pytest.fixture(params=sorted(KINDS))

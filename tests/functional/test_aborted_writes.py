@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support import oracles
 from tests.support.aborts import CAUSES, WAYS, Chapter, rounds
 from tests.support.faultfs import FaultFs
 
 pytestmark = [pytest.mark.functional, pytest.mark.fuse, pytest.mark.slow, pytest.mark.timeout(120)]
 
 ROUNDS = 24
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Iterator[FaultFs]:
-    missing = oracles.missing_for_fuse()
-    if missing is not None:
-        pytest.skip(missing)
-    source = tmp_path / "source"
-    source.mkdir()
-    with FaultFs(source, tmp_path / "mount") as fs:
-        yield fs
 
 
 def test_no_aborted_write_ever_lands(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,17 +26,6 @@ pytestmark = [pytest.mark.functional, pytest.mark.fuse, pytest.mark.timeout(120)
 
 SIZE = 64 * MIB
 OPTIONS = [(), ("--journal", "on"), ("--journal", "off")]
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Iterator[FaultFs]:
-    missing = oracles.missing_for_fuse()
-    if missing is not None:
-        pytest.skip(missing)
-    source = tmp_path / "source"
-    source.mkdir()
-    with FaultFs(source, tmp_path / "mount") as fs:
-        yield fs
 
 
 @pytest.mark.parametrize("back", ["the same path", "a copy from before"])

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,17 +20,6 @@ from tests.support.load import BLOCK, Journal, Load
 from tests.support.serve import ServeProcess
 
 pytestmark = [pytest.mark.functional, pytest.mark.fuse, pytest.mark.timeout(120)]
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Iterator[FaultFs]:
-    missing = oracles.missing_for_fuse()
-    if missing is not None:
-        pytest.skip(missing)
-    source = tmp_path / "source"
-    source.mkdir()
-    with FaultFs(source, tmp_path / "mount") as fs:
-        yield fs
 
 
 def wait_for_event(server: ServeProcess, device: str, wanted: str, seconds: float = 15) -> None:

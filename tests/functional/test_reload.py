@@ -18,7 +18,7 @@ from ploopd.config_file import load_config
 from ploopd.control import messages
 from ploopd.control.client import ControlClient
 from tests.functional.test_run_service import Manager, RunProcess, manager
-from tests.functional.test_standby_e2e import Director, storage
+from tests.functional.test_standby_e2e import Director
 from tests.support import images, oracles
 from tests.support.faultfs import FaultFs
 from tests.support.images import MIB

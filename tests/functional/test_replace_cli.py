@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -239,17 +239,6 @@ class Holding:
             self._server.__exit__(None, None, None)
         if self._qemu is not None:
             self._qemu.communicate("quit\n", timeout=10)
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Iterator[FaultFs]:
-    missing = oracles.missing_for_fuse()
-    if missing is not None:
-        pytest.skip(missing)
-    source = tmp_path / "source"
-    source.mkdir()
-    with FaultFs(source, tmp_path / "mount") as fs:
-        yield fs
 
 
 @pytest.mark.fuse

@@ -10,7 +10,7 @@ import errno
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,17 +26,6 @@ from tests.support.serve import ServeProcess
 pytestmark = [pytest.mark.functional, pytest.mark.fuse, pytest.mark.timeout(120)]
 
 SIZE = 64 * MIB
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Iterator[FaultFs]:
-    missing = oracles.missing_for_fuse()
-    if missing is not None:
-        pytest.skip(missing)
-    source = tmp_path / "source"
-    source.mkdir()
-    with FaultFs(source, tmp_path / "mount") as fs:
-        yield fs
 
 
 def thin_image(path: Path) -> Path:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.support import oracles
 from tests.support.faultfs import FaultFs
 from tests.support.wire import ERRNOS, FAILING, WAYS, Chapter, Plan, plans
 
@@ -16,17 +15,6 @@ pytestmark = [pytest.mark.functional, pytest.mark.fuse, pytest.mark.slow, pytest
 
 PROMISED_MS = 100.0
 """From the release of parked requests to the first answer."""
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Iterator[FaultFs]:
-    missing = oracles.missing_for_fuse()
-    if missing is not None:
-        pytest.skip(missing)
-    source = tmp_path / "source"
-    source.mkdir()
-    with FaultFs(source, tmp_path / "mount") as fs:
-        yield fs
 
 
 def sixty() -> list[Plan]:
