@@ -28,7 +28,7 @@ from tests.support.serve import ServedUrl
 
 pytestmark = [pytest.mark.functional, pytest.mark.timeout(120)]
 
-__all__ = ["manager", "storage"]  # the fixtures
+__all__ = ["manager"]  # a fixture
 
 SIZE = 16 * MIB
 LUNS_CHANGED = "sense 06/3f/0e"
