@@ -11,8 +11,8 @@ import trio
 import trio.testing
 
 from ploopd.errors import BusyError, ParkTimeoutError, StorageError, UsageError
-from ploopd.gate.events import Event, EventKind
 from ploopd.gate.errnos import STANDBY_ERRNOS
+from ploopd.gate.events import Event, EventKind
 from ploopd.gate.filter import Gate
 from ploopd.gate.limits import ParkLimits
 from ploopd.gate.state import GateState
