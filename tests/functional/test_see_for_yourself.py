@@ -45,8 +45,9 @@ def test_what_the_section_shows_happens(tmp_path: Path) -> None:
     ):
         assert written in script
         script = script.replace(written, here)
-    # Job control as in a terminal; the reader would go on for its 30 seconds.
-    script = f"set -m -e\n{script}\nkill %3 || true\n"
+    # Job control as in a terminal.  The reader would go on for its 30 seconds, and for ever without
+    # its target: libiscsi tries again and again, whatever SIGTERM says.
+    script = f"set -m -e\n{script}\nkill -KILL %3 || true\n"
     ended = subprocess.run(
         ["bash", "-c", script],
         cwd=ROOT,
