@@ -8,7 +8,29 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
+from tests.kernel.guest_run import GuestRun
+
 IN_GUEST = os.environ.get("PLOOPD_IN_GUEST") == "1"
+MANY = 200
+"""So many tests take longer than booting: the guest runs beside them."""
+
+BESIDE = pytest.StashKey[GuestRun]()
 
 collect_ignore = ["test_guest.py", "test_booted_systemd.py"] if IN_GUEST else []
 collect_ignore_glob = [] if IN_GUEST else ["guest/*", "booted/*"]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """In a run of everything the guest is booted first."""
+    if IN_GUEST or session.config.option.collectonly or len(session.items) < MANY:
+        return
+    if any(item.path.name == "test_guest.py" for item in session.items):
+        session.config.stash[BESIDE] = GuestRun(beside=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    run = session.config.stash.get(BESIDE, None)
+    if run is not None:
+        run.stop()
