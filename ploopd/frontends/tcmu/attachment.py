@@ -89,7 +89,6 @@ class Attachment:
         self.ended = trio.Event()
         self.settled = trio.Event()
         self.alone = _always
-        self._new = True
         self._kernel = kernel
         self._notes = notes
         self._limiter = limiter
@@ -134,8 +133,9 @@ class Attachment:
         file = kernel.open(uio)
         # The kernel must not give up a command that is parked: it would still be executed.  Not
         # possible while a LUN exports the device, which is so after a restart, when it was done.
-        self._new = kernel.attribute(uio, "cmd_time_out") != "0"
-        if self._new and not kernel.set_attribute(uio, "cmd_time_out", 0):
+        if kernel.attribute(uio, "cmd_time_out") != "0" and not kernel.set_attribute(
+            uio, "cmd_time_out", 0
+        ):
             log.warning("event=tcmu-timeout device=%s note='cmd_time_out stays'", uio)
         kernel.set_attribute(uio, "tmr_notification", 1)
         return file
@@ -201,13 +201,15 @@ class Attachment:
             return
 
         def agree() -> bool | None:
+            wanted: bool | None = None
             value = kernel.attribute(uio, "emulate_write_cache")
-            if value is None or value == str(int(modes.write_cache)):
-                return None
-            if self._new:
-                kernel.set_attribute(uio, "emulate_write_cache", int(modes.write_cache))
-                return None
-            return value == "1"
+            if value is not None and value != str(int(modes.write_cache)):
+                if self._notes.agreed(uio):
+                    wanted = value == "1"
+                else:
+                    kernel.set_attribute(uio, "emulate_write_cache", int(modes.write_cache))
+            self._notes.agree(uio)
+            return wanted
 
         with contextlib.suppress(PloopError):
             wanted = await self._in_thread(agree)
@@ -320,8 +322,8 @@ class Attachment:
 
     def _close(self) -> None:
         self._file.tell()
+        self._handler.close(self.settled.set)  # first: what is parked is dropped, not failed
         self.device.unbind()
-        self._handler.close(self.settled.set)
         trio.lowlevel.notify_closing(self._file.fileno())
         self._file.close()
         self.ended.set()

@@ -27,6 +27,21 @@ class RestartNotes:
     def _path(self, device: UioDevice) -> Path:
         return self.directory / f"{device.name.hba}-{device.name.backstore}.json"
 
+    def agree(self, device: UioDevice) -> None:
+        """The kernel's attributes of this device say what is so, from now on."""
+        path = self._path(device).with_suffix(".agreed")
+        with contextlib.suppress(OSError):
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.write_text(json.dumps({"boot_id": self.boot_id, "minor": device.minor}))
+
+    def agreed(self, device: UioDevice) -> bool:
+        """Whether a daemon has said so before; otherwise they have the kernel's defaults."""
+        try:
+            note = json.loads(self._path(device).with_suffix(".agreed").read_text())
+        except (OSError, ValueError):
+            return False
+        return bool(self.boot_id) and note == {"boot_id": self.boot_id, "minor": device.minor}
+
     def leave(self, device: UioDevice, tail: int) -> None:
         """Everything up to `tail` has been answered, nothing behind it has been taken."""
         path = self._path(device)

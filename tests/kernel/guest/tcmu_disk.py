@@ -189,8 +189,10 @@ def disk_of(made: Backstore, fabric: str, initiator: OpenIscsi) -> Iterator[Path
     initiator.discover(url)
     # The session waits for a target that is away, and its commands with it.
     initiator.update(url, "node.session.timeo.replacement_timeout", "120")
-    yield initiator.login(url)
-    initiator.forget(url)
+    try:
+        yield initiator.login(url)
+    finally:  # a session that stays would fail every test that follows
+        initiator.forget(url)
 
 
 def set_timers(disk: Path, *, command: int, error_handling: int = 5) -> None:

@@ -85,6 +85,7 @@ class Machine(Kernel):
             ("attrib/cmd_time_out", 30),
             ("attrib/tmr_notification", 0),
             ("attrib/nl_reply_supported", -1),
+            ("attrib/emulate_write_cache", 0),
             ("action/block_dev", ""),
             ("action/reset_ring", ""),
         ):
@@ -95,6 +96,10 @@ class Machine(Kernel):
     def value(self, minor: int, name: str) -> str:
         path = self.sys / f"kernel/config/target/core/user_0/b{minor}" / name
         return path.read_text().split("\n")[0]
+
+    def set(self, minor: int, name: str, value: int) -> None:
+        path = self.sys / f"kernel/config/target/core/user_0/b{minor}" / name
+        path.write_text(f"{value}\n")
 
     def remove(self, minor: int) -> None:
         entry = self.sys / f"class/uio/uio{minor}"

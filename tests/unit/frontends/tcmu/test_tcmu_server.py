@@ -109,7 +109,36 @@ async def test_a_clean_restart_resets_nothing(rig: Rig, clock: trio.testing.Mock
     await rig.nursery.start(rig.server.serve)
     await rig.until(fake.harvest)
     assert rig.machine.value(1, "action/reset_ring") == ""
-    assert not list(rig.state.iterdir()), "a note is good for one restart"
+    assert not list(rig.state.glob("*.json")), "a note is good for one restart"
+
+
+async def test_a_daemon_that_ends_early_does_not_switch_the_write_cache_off(
+    rig: Rig, clock: trio.testing.MockClock
+) -> None:
+    """The kernel's emulate_write_cache is 0 until a daemon has said what is so."""
+    rig.machine.add(1)
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.disk.bound)
+    await rig.server.shutdown(5)
+    assert rig.machine.value(1, "attrib/emulate_write_cache") == "0"
+    rig.restart()
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.machine.value(1, "attrib/emulate_write_cache") == "1")
+    assert rig.disk.unit.modes.write_cache
+
+
+async def test_a_write_cache_that_was_switched_off_stays_off(
+    rig: Rig, clock: trio.testing.MockClock
+) -> None:
+    rig.machine.add(1)
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.machine.value(1, "attrib/emulate_write_cache") == "1")
+    await rig.until(lambda: list(rig.state.glob("*.agreed")))
+    await rig.server.shutdown(5)
+    rig.machine.set(1, "attrib/emulate_write_cache", 0)
+    rig.restart()
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: not rig.disk.unit.modes.write_cache)
 
 
 async def test_after_a_crash_the_ring_is_reset(rig: Rig, clock: trio.testing.MockClock) -> None:
@@ -173,7 +202,7 @@ class TestWaitingCommands:
         await rig.until(lambda: rig.daemon.released)
         fake.harvest()
         assert [a.status for a in fake.answers] == [0, 0, 0]
-        assert list(rig.state.iterdir()), "the next one may go on from here"
+        assert list(rig.state.glob("*.json")), "the next one may go on from here"
 
     async def test_what_does_not_end_is_given_back(
         self, rig: Rig, clock: trio.testing.MockClock
@@ -198,7 +227,7 @@ class TestWaitingCommands:
         await self.begin(rig)
         rig.disk.bench.device.cancellable = False
         await rig.server.shutdown(1)
-        assert not rig.state.exists()
+        assert not list(rig.state.glob("*.json"))
         rig.disk.bench.device.complete()  # late: nobody is there any more
 
 
