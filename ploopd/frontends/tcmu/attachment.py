@@ -133,9 +133,10 @@ class Attachment:
         file = kernel.open(uio)
         # The kernel must not give up a command that is parked: it would still be executed.  Not
         # possible while a LUN exports the device, which is so after a restart, when it was done.
-        if kernel.attribute(uio, "cmd_time_out") != "0" and not kernel.set_attribute(
-            uio, "cmd_time_out", 0
-        ):
+        new = kernel.attribute(uio, "cmd_time_out") != "0"
+        if new:
+            self._notes.forget(uio)
+        if new and not kernel.set_attribute(uio, "cmd_time_out", 0):
             log.warning("event=tcmu-timeout device=%s note='cmd_time_out stays'", uio)
         kernel.set_attribute(uio, "tmr_notification", 1)
         return file

@@ -34,6 +34,11 @@ class RestartNotes:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.write_text(json.dumps({"boot_id": self.boot_id, "minor": device.minor}))
 
+    def forget(self, device: UioDevice) -> None:
+        """The device is a new one; what was said of another with its name is not about it."""
+        with contextlib.suppress(OSError):
+            self._path(device).with_suffix(".agreed").unlink()
+
     def agreed(self, device: UioDevice) -> bool:
         """Whether a daemon has said so before; otherwise they have the kernel's defaults."""
         try:

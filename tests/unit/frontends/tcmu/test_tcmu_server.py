@@ -141,6 +141,23 @@ async def test_a_write_cache_that_was_switched_off_stays_off(
     await rig.until(lambda: not rig.disk.unit.modes.write_cache)
 
 
+async def test_a_new_device_of_the_same_name_has_agreed_to_nothing(
+    rig: Rig, clock: trio.testing.MockClock
+) -> None:
+    """targetcli deletes a backstore and makes it again: same name, same number, the defaults."""
+    rig.machine.add(1)
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.machine.value(1, "attrib/emulate_write_cache") == "1")
+    await rig.until(lambda: list(rig.state.glob("*.agreed")))
+    await rig.server.shutdown(5)
+    rig.machine.set(1, "attrib/emulate_write_cache", 0)
+    rig.machine.set(1, "attrib/cmd_time_out", 30)
+    rig.restart()
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.machine.value(1, "attrib/emulate_write_cache") == "1")
+    assert rig.disk.unit.modes.write_cache
+
+
 async def test_after_a_crash_the_ring_is_reset(rig: Rig, clock: trio.testing.MockClock) -> None:
     fake = rig.machine.add(1)
     fake.command(READ, expect=512)
