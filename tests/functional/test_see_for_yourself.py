@@ -31,6 +31,10 @@ def commands() -> str:
     return "".join(re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL))
 
 
+def log_of(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
 def test_what_the_section_shows_happens(tmp_path: Path) -> None:
     missing = oracles.missing_for_fuse()
     if missing is not None:
@@ -45,21 +49,31 @@ def test_what_the_section_shows_happens(tmp_path: Path) -> None:
     ):
         assert written in script
         script = script.replace(written, here)
-    # Job control as in a terminal.  The reader would go on for its 30 seconds, and for ever without
-    # its target: libiscsi tries again and again, whatever SIGTERM says.
-    script = f"set -m -e\n{script}\nkill -KILL %3 || true\n"
-    ended = subprocess.run(
-        ["bash", "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
+    # Job control as in a terminal.  Whatever still runs at the end is killed: the reader would go on for
+    # its 30 seconds, and for ever without its target, as libiscsi tries again and again.
+    ending = (
+        'set +ex; for job in $(jobs -p); do kill -KILL -- "-$job"; done; '
+        f'fusermount3 -quz "{tmp_path}/see/storage" 2>&-'
     )
-    said = ended.stdout + ended.stderr
-    assert ended.returncode == 0, said
+    script = f"set -m -e\ntrap '{ending}' EXIT\n{script}"
+    # Into files, not pipes: what a job of the background leaves open must not keep the test waiting.
+    with (tmp_path / "stdout").open("w+") as out, (tmp_path / "stderr").open("w+") as err:
+        ended = subprocess.run(
+            ["bash", "-x", "-c", script],
+            cwd=ROOT,
+            stdout=out,
+            stderr=err,
+            timeout=100,
+            check=False,
+        )
+        out.seek(0)
+        err.seek(0)
+        stdout, stderr = out.read(), err.read()
+    said = f"{stdout}\n{stderr}"
+    if ended.returncode != 0:
+        pytest.fail(f"exit status {ended.returncode}:\n{said}\n{log_of(tmp_path / 'see' / 'log')}")
     # iscsi-perf writes over its line: what comes next stands at the end of it.
-    words = re.split(r"[\r\n]+|\s{4,}", ended.stdout)
+    words = re.split(r"[\r\n]+|\s{4,}", stdout)
     assert words.index("on") < words.index("off"), said
     assert "state:        standby: " in said
     assert "32 requests" in said
