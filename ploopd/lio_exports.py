@@ -202,6 +202,11 @@ class LioExports:
         attachment = self._front_end.server.attached.get(backstore)
         return None if attachment is None else attachment.device.name
 
+    def problem_of(self, backstore: str) -> str | None:
+        """Why a backstore of the kernel is not served, if it could not be."""
+        failure = self._front_end.server.failure(backstore)
+        return None if failure is None else str(failure)
+
     # -- the steps -------------------------------------------------------------------------
 
     async def _request(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ploopd.cli.completion import complete_device
+from ploopd.cli.errors import one_line
 from ploopd.cli.options import TIMEOUT
 from ploopd.cli.render import OUTPUT, echo_json, echo_table
 from ploopd.units import format_size
@@ -130,7 +131,8 @@ def unexport(control: Path | None, device: str, iqn: str | None, timeout: float)
 @TIMEOUT
 @click.pass_obj
 def list_exports(control: Path | None, output: str, timeout: float) -> None:
-    """List the kernel's backstores of the kind user:ploop and their LUNs, whoever made them."""
+    """List the kernel's backstores of the kind user:ploop and their LUNs, whoever made them, and
+    why one is not served."""
     from ploopd.control import messages
 
     with _client(control, timeout) as client:
@@ -144,11 +146,15 @@ def list_exports(control: Path | None, output: str, timeout: float) -> None:
         for lun in backstore.luns or ["-"]:
             export = ours.pop((backstore.name, lun), None)
             where = "-" if export is None else " ".join(export.portals)
-            rows.append(
-                (backstore.name, format_size(backstore.size), backstore.device or "-", lun, where)
-            )
-    rows += [(name, "-", "-", lun, "missing: ploopctl lio restore") for name, lun in ours]
-    echo_table(("BACKSTORE", "SIZE", "DEVICE", "LUN", "PORTALS"), rows, right=frozenset({1}))
+            size, device = format_size(backstore.size), backstore.device or "-"
+            problem = one_line(backstore.error or "-")
+            rows.append((backstore.name, size, device, lun, where, problem))
+    rows += [
+        (name, "-", "-", lun, " ".join(export.portals), "is missing: ploopctl lio restore")
+        for (name, lun), export in ours.items()
+    ]
+    header = ("BACKSTORE", "SIZE", "DEVICE", "LUN", "PORTALS", "PROBLEM")
+    echo_table(header, rows, right=frozenset({1}))
 
 
 @lio.command()

@@ -19,6 +19,7 @@ from configshell_fb import ConfigNode, ConfigShell, ExecutionError
 
 from ploopd import __version__
 from ploopd.cli.device import detail_fields
+from ploopd.cli.errors import one_line
 from ploopd.cli.options import TIMEOUT
 from ploopd.control import messages
 from ploopd.control.client import ControlClient
@@ -223,9 +224,12 @@ class BackstoreNode(Node):
             LeafNode(lun.replace("/", ":lun"), self, daemon, portals.get(lun, "not made here"))
 
     def summary(self) -> Summary:
-        served = self.backstore.device
-        text = f"{self.backstore.config} ({format_size(self.backstore.size)})"
-        return (text, True) if served else (f"{text} is not served", False)
+        each = self.backstore
+        text = f"{each.config} ({format_size(each.size)})"
+        if each.device:
+            return text, True
+        why = "" if each.error is None else f": {one_line(each.error)}"
+        return f"{text} is not served{why}", False
 
 
 class LioNode(Node):

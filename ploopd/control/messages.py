@@ -262,13 +262,14 @@ class LioExport(Message, frozen=True, kw_only=True):
 
 class LioBackstore(Message, frozen=True, kw_only=True):
     """A backstore of the kind user:ploop; `config` is what it names, `luns` are `IQN/LUN`,
-    `device` the device that serves it, if one does."""
+    `device` the device that serves it, if one does, and `error` why none can."""
 
     name: str
     config: str
     size: int
     luns: list[str]
     device: str | None
+    error: str | None = None
 
 
 class LioReply(Message, frozen=True, kw_only=True):

@@ -106,6 +106,9 @@ class FakeServer:
     problem: PloopError | None = None
     attached: dict[str, Any] = field(default_factory=dict)
 
+    def failure(self, backstore: str) -> PloopError | None:
+        return self.problem
+
     async def wait_attached(self, backstore: str, seconds: float) -> None:
         if self.problem is not None:
             raise self.problem
@@ -215,6 +218,12 @@ async def test_what_cannot_be_served_leaves_nothing(rig: Rig) -> None:
     with pytest.raises(BusyError):
         await rig.export()
     assert rig.kernel.backstores_ == {}
+
+
+async def test_why_a_backstore_is_not_served(rig: Rig) -> None:
+    assert rig.exports.problem_of("web") is None
+    rig.front_end.server.problem = BusyError("is open in another process", path="/dev/uio3")
+    assert rig.exports.problem_of("web") == "/dev/uio3: is open in another process"
 
 
 async def test_what_cannot_be_undone_does_not_hide_the_reason(

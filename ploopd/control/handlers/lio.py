@@ -55,6 +55,7 @@ def operations(context: ControlContext) -> list[Operation]:
                     size=each.size,
                     luns=list(each.luns),
                     device=exports().device_of(each.name),
+                    error=exports().problem_of(each.name),
                 )
                 for each in here
             ],

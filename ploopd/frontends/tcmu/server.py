@@ -98,6 +98,13 @@ class TcmuServer:
                 self._wake = trio.Event()
                 await self._scan(nursery)
 
+    def failure(self, backstore: str) -> PloopError | None:
+        """Why the backstore called so is not served; None if it is, or is not known (yet)."""
+        for uio, failure in self._failures.items():
+            if uio.name.backstore == backstore:
+                return failure
+        return None
+
     async def wait_attached(self, backstore: str, seconds: float) -> Attachment:
         """The attachment of the backstore called so, which has just been made.
 
@@ -105,9 +112,9 @@ class TcmuServer:
         self._wake.set()
         with trio.move_on_after(seconds):
             while backstore not in self.attached:
-                for uio, failure in self._failures.items():
-                    if uio.name.backstore == backstore:
-                        raise failure
+                failure = self.failure(backstore)
+                if failure is not None:
+                    raise failure
                 await self._changed.wait()
             return self.attached[backstore]
         raise PloopError(

@@ -91,7 +91,9 @@ def test_somebody_else_has_the_uio_device(server: ServeProcess, scratch: Path) -
         expected = f"/dev/{uio.name}: is open in another process"
         wait_until(lambda: expected in server.stderr, "the refusal")
         assert f"fuser /dev/{uio.name} tells which one" in server.stderr
-        assert server.ctl_json("lio", "list")["backstores"][0]["device"] is None
+        (listed,) = server.ctl_json("lio", "list")["backstores"]
+        assert listed["device"] is None
+        assert expected in listed["error"]
     finally:
         os.close(thief)
     wait_until(lambda: "tcmu-attached uio=web" in server.stderr, "its turn", 40)

@@ -175,7 +175,9 @@ def test_another_size_is_answered_not_ready(
     before = oracles.digest(directory / "web.hds")
     create("odd", "web", size)
     wait_until(lambda: f"create the backstore with size={64 * MIB}" in server.stderr, "the log")
-    assert server.ctl_json("lio", "list")["backstores"][0]["device"] is None
+    (listed,) = server.ctl_json("lio", "list")["backstores"]
+    assert listed["device"] is None
+    assert f"create the backstore with size={64 * MIB}" in listed["error"]
     wwn = "naa.5001405000000002"
     targetcli("/loopback", "create", wwn)
     begin = time.monotonic()

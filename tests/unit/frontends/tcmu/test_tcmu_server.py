@@ -79,6 +79,10 @@ async def test_a_wrong_size_is_refused_with_the_right_one(
     await rig.nursery.start(rig.server.serve)
     await rig.until(lambda: "tcmu-failed" in caplog.text)
     assert f"size={SIZE}" in caplog.text
+    failure = rig.server.failure("b1")
+    assert failure is not None
+    assert f"size={SIZE}" in str(failure)
+    assert rig.server.failure("b2") is None
     assert rig.daemon.released == ["disk"]
     assert rig.disk.bound == 0
 
@@ -91,8 +95,10 @@ async def test_what_fails_is_tried_again_and_told_once(
     await rig.nursery.start(rig.server.serve)
     await trio.sleep(60)
     assert caplog.text.count("tcmu-failed") == 1
+    assert "another process" in str(rig.server.failure("b1"))
     rig.machine.taken.clear()
     await rig.until(lambda: rig.disk.bound, 40)
+    assert rig.server.failure("b1") is None
 
 
 async def test_a_clean_restart_resets_nothing(rig: Rig, clock: trio.testing.MockClock) -> None:
