@@ -23,6 +23,7 @@ from image_format.descriptor import (
     parse_descriptor,
 )
 from image_format.descriptor_edit import with_file
+from image_format.descriptor_size import with_size
 from image_format.dirty_bitmap import DirtyBitmap
 from image_format.errors import DescriptorFormatError, FormatError
 from image_format.extension import FormatExtension, Section
@@ -40,6 +41,7 @@ from image_format.pvd_header import (
     CloseState,
     PvdHeader,
     chs_geometry,
+    grown_header,
     new_header,
 )
 from image_format.versions import VERSIONS, EntryUnit, FormatVersion
@@ -82,8 +84,10 @@ __all__ = [
     "chs_geometry",
     "dirty_bitmap",
     "extension",
+    "grown_header",
     "new_descriptor",
     "new_header",
     "parse_descriptor",
     "with_file",
+    "with_size",
 ]

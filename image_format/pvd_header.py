@@ -341,6 +341,23 @@ def new_header(*, size: int, cluster_size: int = DEFAULT_CLUSTER, version: int =
     )
 
 
+def grown_header(header: PvdHeader, size: int) -> PvdHeader:
+    """The header of the same delta when its disk has at least `size` bytes, rounded up to whole
+    clusters; its data area begins later if the BAT needs the room.
+
+    Raises FormatError like `new_header`.
+    """
+    wanted = new_header(size=size, cluster_size=header.cluster_size, version=header.version)
+    return header.replace(
+        heads=wanted.heads,
+        cylinders=wanted.cylinders,
+        bat_entries=wanted.bat_entries,
+        size_sectors=wanted.size_sectors,
+        first_block_sectors=max(header.first_block_sectors, wanted.first_block_sectors),
+        flags=0,
+    )
+
+
 def chs_geometry(size_sectors: int) -> tuple[int, int, int]:
     """Cylinders, heads and sectors per track as libploop chooses them; nobody relies on them.
 

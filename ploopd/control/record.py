@@ -15,7 +15,8 @@ from typing import Protocol
 
 from ploopd.errors import DeniedError, PloopError, ReadOnlyError, StorageError, UsageError
 from ploopd.fileio.oslayer import OsLayer
-from ploopd.storage.descriptor_update import DescriptorUpdate, sync_directory
+from ploopd.storage.descriptor_change import sync_directory
+from ploopd.storage.descriptor_update import DescriptorUpdate
 from ploopd.storage.identity import keep_identity
 
 Inode = tuple[int, int]
