@@ -55,7 +55,15 @@ LOGOUT_GRACE = 3.0
 CLOSE_SECONDS = 15.0
 """Seconds for flushing and closing all images; what hangs longer is left as it is."""
 
-_STATE_CHANGES = frozenset({EventKind.STANDBY_ENTERED, EventKind.STANDBY_LEFT, EventKind.RECOVERED})
+_STATE_CHANGES = frozenset(
+    {
+        EventKind.DEVICE_ADDED,
+        EventKind.DEVICE_REMOVED,
+        EventKind.STANDBY_ENTERED,
+        EventKind.STANDBY_LEFT,
+        EventKind.RECOVERED,
+    }
+)
 
 log = logging.getLogger(__name__)
 

@@ -215,6 +215,16 @@ class Device:
         if self.options.standby:
             self.gate.unbind()
 
+    def announce(self, **details: str | int) -> None:
+        """Publish that the device is served from now on."""
+        self.gate.report(
+            EventKind.DEVICE_ADDED,
+            image=self.image,
+            size=self.size,
+            mode="ro" if self.gate.read_only else "rw",
+            **details,
+        )
+
     # -- life ------------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

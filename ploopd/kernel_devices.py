@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace as changed
 from functools import partial
 
@@ -17,6 +18,7 @@ from ploopd.disownable import disownable
 from ploopd.errors import NotFoundError, PloopError, UsageError
 from ploopd.frontends.tcmu.attachment import Served
 from ploopd.frontends.tcmu.names import Reference
+from ploopd.gate.events import EventKind
 from ploopd.gate.state import GateState
 from ploopd.scsi.logical_unit import LogicalUnit
 
@@ -27,10 +29,11 @@ log = logging.getLogger(__name__)
 
 
 class KernelDevice:
-    """A device as the front end sees it."""
+    """A device as the front end sees it; `on_bind` is called when it is about to be served."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, on_bind: Callable[[Device], None]) -> None:
         self.device = device
+        self._on_bind = on_bind
 
     @property
     def name(self) -> str:
@@ -50,6 +53,7 @@ class KernelDevice:
 
     def bind(self) -> None:
         self.device.bind()
+        self._on_bind(self.device)
 
     def unbind(self) -> None:
         self.device.unbind()
@@ -73,6 +77,7 @@ class KernelDevices:
         self._automation = automation
         self._users: dict[Device, int] = {}
         self._opened: set[Device] = set()
+        self._announced: set[Device] = set()
         self._opening = trio.Lock()
 
     async def acquire(self, reference: Reference) -> Served:
@@ -84,9 +89,14 @@ class KernelDevices:
                 device = await self._table.add(reference.image, self.options)
                 self._opened.add(device)
                 self._automation.add(device, self.policy)
-                log.info("event=device-opened device=%s image=%r", device.name, device.image)
             self._users[device] = self.users(device) + 1
-            return KernelDevice(device)
+            return KernelDevice(device, self._served)
+
+    def _served(self, device: Device) -> None:
+        """A device is not added before: one that cannot be served is opened again and again."""
+        if device in self._opened and device not in self._announced:
+            self._announced.add(device)
+            device.announce()
 
     def users(self, device: Device) -> int:
         """How many backstores use the device."""
@@ -125,6 +135,9 @@ class KernelDevices:
                 await self._table.remove(device.device)
             except PloopError as error:
                 log.error("event=close-failed device=%s error=%r", device.name, str(error))  # noqa: TRY400
+            if device.device in self._announced:
+                self._announced.discard(device.device)
+                device.device.gate.report(EventKind.DEVICE_REMOVED)
 
     async def check(self, reference: Reference) -> None:
         """Whether `acquire` would succeed; raises what it would raise.  Changes nothing: the image

@@ -14,6 +14,7 @@ from ploopd.device_settings import device_options, recovery_policy
 from ploopd.device_table import DeviceTable
 from ploopd.devices import Device
 from ploopd.errors import PloopError
+from ploopd.gate.events import EventKind
 from ploopd.gate.state import GateState
 from ploopd.scsi.nexus import ItlNexus
 from ploopd.scsi.target import Target
@@ -84,14 +85,7 @@ class Luns:
         self._automation.add(device, recovery_policy(config))
         device.bind()
         self._luns.append(Lun(number=number, device=device, config=config))
-        log.info(
-            "event=device-opened device=%s lun=%d image=%r size=%d read_only=%s",
-            device.name,
-            number,
-            device.image,
-            device.size,
-            device.gate.read_only,
-        )
+        device.announce(lun=number)
 
     async def remove(self, lun: Lun, *, force: bool = False) -> str | None:
         """Take a LUN away and close its device; returns why not, if it stays.
@@ -124,7 +118,7 @@ class Luns:
         self.retired.add(lun.number)
         device.unbind()
         await self.close(device)
-        log.info("event=device-removed device=%s lun=%d", device.name, lun.number)
+        device.gate.report(EventKind.DEVICE_REMOVED, lun=lun.number)
         return None
 
     def _needed(self, device: Device, *, force: bool) -> str | None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def events(
     control: Path | None, follow: bool, device: str | None, output: str, timeout: float
 ) -> None:
-    """Show the last events of the devices: standby, replacements, limits.
+    """Show the last events of the devices: come and gone, standby, replacements, limits.
 
     With `--follow` and `--output json` each event is one line. Events that were lost because this
     program was too slow are counted on stderr.

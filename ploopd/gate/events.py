@@ -13,6 +13,8 @@ _log = logging.getLogger(__name__)
 class EventKind(Enum):
     """The names under which events are published."""
 
+    DEVICE_ADDED = "device-added"
+    DEVICE_REMOVED = "device-removed"
     STANDBY_ENTERED = "standby-entered"
     STANDBY_LEFT = "standby-left"
     PARKED = "parked"

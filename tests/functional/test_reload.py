@@ -188,6 +188,8 @@ def test_a_lun_that_works_is_taken_away_when_its_commands_have_ended(service: Se
             for answer in initiator.poll(0.1):
                 answers[tags[answer.tag]] = answer.sense_text if answer.status else ""
         wait_until(lambda: "event=device-removed device=b" in service.server.stderr)
+        events = service.server.ctl_json("events", "--device", "b")
+        assert [event["event"] for event in events] == ["device-added", "device-removed"]
         initiator.logout()
     assert set(answers.values()) <= {"", "sense 05/25/00"}
     assert "sense 05/25/00" in answers.values()
@@ -360,12 +362,12 @@ def test_the_service_manager_is_told(tmp_path: Path, manager: Manager) -> None:
         before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         service.write("IMAGE a")
         os.kill(service.server.pid, signal.SIGHUP)
-        manager.wait_for("STATUS=serving 1 devices")
+        manager.wait_for("READY=1")
         assert manager.said[0] == "RELOADING=1"
         key, _, time_text = manager.said[1].partition("=")
         assert key == "MONOTONIC_USEC"
         assert before <= int(time_text) <= time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-        assert manager.said[2] == "READY=1"
+        assert manager.said[2:4] == ["STATUS=serving 1 devices", "READY=1"]
         # A mistake is no reason to be not ready.
         manager.said.clear()
         service.write("IMAGE a\nx = 1")

@@ -16,6 +16,7 @@ from ploopd.devices import DeviceOptions, Environment
 from ploopd.errors import ImageFormatError, NotFoundError, PloopError, StorageError, UsageError
 from ploopd.fileio.engine import make_engine
 from ploopd.frontends.tcmu.names import Reference
+from ploopd.gate.events import Event
 from ploopd.kernel_devices import KernelDevices
 from ploopd.storage.create import create_image
 from scst_shim import StandbyCheck
@@ -85,6 +86,34 @@ async def test_an_image_is_opened_for_its_first_and_closed_after_its_last_backst
     await devices.release(second)
     assert len(table) == 0
     await devices.release(await devices.acquire(reference))  # its locks are gone
+
+
+async def test_a_device_that_is_served_comes_and_goes_as_an_event(
+    table: DeviceTable, image: Path
+) -> None:
+    devices = KernelDevices(table, DeviceOptions(), Automation(Path("/nowhere")))
+    reference = Reference(image=str(image))
+    events: list[Event] = []
+    table.env.events.subscribe(events.append)
+    await devices.release(await devices.acquire(reference))  # its size was not the backstore's
+    assert events == []
+    first, second = await devices.acquire(reference), await devices.acquire(reference)
+    for each in (first, second):
+        each.bind()
+    for each in (first, second):
+        each.unbind()
+        await devices.release(each)
+    assert [(event.device, event.kind.value, event.details) for event in events] == [
+        ("disk", "device-added", {"image": str(image), "size": SIZE, "mode": "rw"}),
+        ("disk", "device-removed", {}),
+    ]
+    device = await table.add(str(image), name="ours")  # of the configuration
+    again = await devices.acquire(reference)
+    again.bind()
+    again.unbind()
+    await devices.release(again)
+    assert [event.device for event in events] == ["disk", "disk"]
+    await table.remove(device)
 
 
 async def test_two_at_once_open_the_image_once(table: DeviceTable, image: Path) -> None:

@@ -308,6 +308,25 @@ async def test_a_device_in_standby_is_removed_by_force_only(tmp_path: Path) -> N
         assert [device.name for device in rig.served.table] == ["a"]
 
 
+async def test_devices_that_come_and_go_are_events(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as rig:
+        rig.want(rig.config("a"), rig.config("c", read_only=True))
+        await rig.reloader.reload()
+        b, c = (str(tmp_path / f"{name}.hds") for name in "bc")
+        assert [(e.device, e.kind.value, e.details) for e in rig.served.events[1:]] == [
+            ("b", "device-added", {"image": b, "size": SIZE, "mode": "rw", "lun": 1}),
+            ("b", "device-removed", {"lun": 1}),
+            ("c", "device-added", {"image": c, "size": SIZE, "mode": "ro", "lun": 2}),
+        ]
+        rig.served.events.clear()
+        rig.want(rig.config("a"), rig.config("missing"))
+        with pytest.raises(NotFoundError):
+            await rig.reloader.reload()
+        b_again = await rig.luns.open("b", rig.config("b"))  # a reload that fails later on
+        await rig.luns.close(b_again)
+        assert rig.served.events == []
+
+
 async def test_who_watches_the_table_hears_before_a_device_is_closed(tmp_path: Path) -> None:
     async with daemon(tmp_path) as rig:
         seen: list[tuple[list[str], bool]] = []

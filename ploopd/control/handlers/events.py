@@ -40,7 +40,11 @@ def operations(context: ControlContext) -> list[Operation]:
 
 
 def _device(context: ControlContext, parameters: messages.EventsParameters) -> str | None:
-    return None if parameters.device is None else context.find(parameters.device).name
+    """One that has gone is known for as long as there are events of it."""
+    name = parameters.device
+    if name is None or context.event_log.history(name):
+        return name
+    return context.find(name).name
 
 
 def _batches(

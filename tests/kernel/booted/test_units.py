@@ -89,7 +89,7 @@ def test_started_is_ready(service: str) -> None:
 
 def test_the_journal_has_fields(service: str) -> None:
     def entries() -> list[dict[str, str]]:
-        return [one for one in journal(service) if one.get("PLOOPD_EVENT") == "device-opened"]
+        return [one for one in journal(service) if one.get("PLOOPD_EVENT") == "device-added"]
 
     wait_until(lambda: len(entries()) == 2, "the entries of both devices")
     assert [one["PLOOPD_DEVICE"] for one in entries()] == ["a", "b"]

@@ -140,6 +140,25 @@ async def test_without_more_there_is_one_reply_that_is_never_too_long(tmp_path: 
 
 
 @pytest.mark.trio
+async def test_the_events_of_a_device_that_has_gone_can_still_be_seen(tmp_path: Path) -> None:
+    service = Service(tmp_path / "c.sock")
+    service.bus.publish(Event(kind=EventKind.DEVICE_REMOVED, device="gone", time=1.0))
+    found: list[str] = []
+
+    def client() -> None:
+        parameters = messages.EventsParameters(device="gone")
+        with ControlClient(service.path, timeout=5) as control:
+            reply = control.call(messages.EVENTS, messages.EventsReply, parameters, waiting="them")
+            found.extend(event.event for event in reply.events)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(service.serve)
+        await trio.to_thread.run_sync(client)
+        nursery.cancel_scope.cancel()
+    assert found == ["device-removed"]
+
+
+@pytest.mark.trio
 async def test_a_follower_gets_the_history_and_then_every_event_once(tmp_path: Path) -> None:
     service = Service(tmp_path / "c.sock")
     publish(service.bus, 200, path="/" + "x" * 1000)
