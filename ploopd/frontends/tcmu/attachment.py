@@ -70,10 +70,10 @@ class Served(Protocol):
 class Attachment:
     """`uio` served by `device`.
 
-    `start` raises a PloopError when that cannot be; then `serve` runs until the kernel removes the
-    device, `stop` or cancellation.  `ended` is set when nothing of it is open any more, `settled`
-    when none of its commands is in execution any more, either.  `alone` says whether no other
-    device is served.
+    `check`, and `start` once the kernel has made the device, raise a PloopError when that cannot
+    be; then `serve` runs until the kernel removes it, `stop` or cancellation.  `ended` is set when
+    nothing of it is open any more, `settled` when none of its commands is in execution any more,
+    either.  `alone` says whether no other device is served.
     """
 
     def __init__(
@@ -102,6 +102,18 @@ class Attachment:
 
     # -- beginning -------------------------------------------------------------------------
 
+    async def check(self) -> bool:
+        """Whether the kernel has finished making the device.  One that it has not is made ready for
+        `start`, but not opened.  Raises UsageError if it is not of our size."""
+        return await self._in_thread(self._check)
+
+    def _check(self) -> bool:
+        self._check_size()
+        made = self._kernel.made(self.uio)
+        if not made:  # nobody else has it, and a LUN may come as soon as it is made
+            self._set_up()
+        return made
+
     async def start(self) -> None:
         """Open the device and take over its ring.  Raises PloopError; nothing stays open then."""
         self._file = await disownable(
@@ -119,7 +131,13 @@ class Attachment:
         self.device.bind()
 
     def _prepare(self) -> SharedMemory:
-        """In a thread: check the size, set what a parking handler needs, open."""
+        """In a thread: check the size, open, set what a parking handler needs."""
+        self._check_size()
+        file = self._kernel.open(self.uio)
+        self._set_up()
+        return file
+
+    def _check_size(self) -> None:
         kernel, uio = self._kernel, self.uio
         told = kernel.attribute(uio, "dev_size")
         if told is not None and told.isdecimal() and int(told) != self.device.size:
@@ -130,7 +148,9 @@ class Attachment:
                 value=int(told),
                 hint=f"create the backstore with size={self.device.size}",
             )
-        file = kernel.open(uio)
+
+    def _set_up(self) -> None:
+        kernel, uio = self._kernel, self.uio
         # The kernel must not give up a command that is parked: it would still be executed.  Not
         # possible while a LUN exports the device, which is so after a restart, when it was done.
         new = kernel.attribute(uio, "cmd_time_out") != "0"
@@ -139,7 +159,6 @@ class Attachment:
         if new and not kernel.set_attribute(uio, "cmd_time_out", 0):
             log.warning("event=tcmu-timeout device=%s note='cmd_time_out stays'", uio)
         kernel.set_attribute(uio, "tmr_notification", 1)
-        return file
 
     async def _take_over(self) -> None:
         left = await self._in_thread(partial(self._notes.take, self.uio))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 import trio
 
@@ -19,6 +19,11 @@ from ploopd.scsi.task import Status
 
 SECONDS: Final = 10.0
 """For one access to the kernel's files."""
+
+LOOK_SECONDS: Final = 0.1
+"""Between looks whether the kernel has finished making the device."""
+
+T = TypeVar("T")
 
 _NOT_READY: Final = Sense(
     SenseKey.NOT_READY, Asc.LOGICAL_UNIT_NOT_READY_MANUAL_INTERVENTION_REQUIRED
@@ -58,7 +63,10 @@ class Refusal:
             if not self._ours:
                 await trio.sleep_forever()
             try:
-                file = await self._in_thread(partial(self._kernel.open, self._uio))
+                made = partial(self._kernel.made, self._uio)
+                while not await self._in_thread(made):  # noqa: ASYNC110 (the kernel does not tell)
+                    await trio.sleep(LOOK_SECONDS)
+                file = await self._in_thread(partial(self._kernel.open, self._uio), _close)
             except PloopError:
                 await trio.sleep_forever()
             try:
@@ -95,11 +103,17 @@ class Refusal:
                 self._notes.leave(self._uio, ring.tail)
             ring.close()
 
-    async def _in_thread(self, blocking: Callable[[], SharedMemory]) -> SharedMemory:
+    async def _in_thread(
+        self, blocking: Callable[[], T], undo: Callable[[T], object] = lambda _: None
+    ) -> T:
         return await disownable(
             blocking,
             deadline=SECONDS,
             what=f"opening {self._uio}",
-            undo=lambda file: file.close(),
+            undo=undo,
             limiter=self._limiter,
         )
+
+
+def _close(file: SharedMemory) -> None:
+    file.close()

@@ -38,6 +38,14 @@ SUBSCRIBE_SECONDS = 5.0
 RETRY_FIRST, RETRY_MOST = 0.5, 30.0
 """Seconds until a device that could not be served is tried again, growing."""
 
+MADE_FIRST, MADE_MOST = 0.001, 0.2
+"""Seconds between looks whether the kernel has finished making a device, growing."""
+
+TAKEN_BACK = (
+    "another program has told the kernel that it does not know the backstore, as tcmu-runner does; "
+    "create it with control=nl_reply_supported=-1 or by ploopctl lio export"
+)
+
 KERNEL = (0, 0)
 """Netlink's address of the kernel."""
 
@@ -183,6 +191,7 @@ class TcmuServer:
             self._failures.pop(uio, None)
             self._waiting.discard(uio)
             self._ended.pop(uio).set()
+            self._announce()
             self._wake.set()
 
     async def _attach(self, uio: UioDevice, nursery: trio.Nursery) -> None:
@@ -191,6 +200,10 @@ class TcmuServer:
         try:
             attachment = Attachment(self._kernel, uio, device, self._notes, self._limiter)
             attachment.alone = lambda: len(self.attached) == 1
+            if not await attachment.check():
+                self._started[uio].set()  # the kernel may be waiting for our yes
+                if not await self._until_made(uio):
+                    return
             await attachment.start()
             self.attached[uio.name.backstore] = attachment
             self._failures.pop(uio, None)
@@ -212,6 +225,28 @@ class TcmuServer:
         finally:
             with trio.CancelScope(shield=True):
                 await self._provider.release(device)
+
+    async def _until_made(self, uio: UioDevice) -> bool:
+        """Until the kernel has finished making the device; False if it takes it back instead.
+
+        That is not told: netlink has only said that there is a new one."""
+        pause = MADE_FIRST
+        while await self._look(self._kernel.present, uio):
+            if await self._look(self._kernel.made, uio):
+                return True
+            await trio.sleep(pause)
+            pause = min(MADE_MOST, pause * 2)
+        log.warning("event=tcmu-taken-back uio=%s note=%r", uio, TAKEN_BACK)
+        return False
+
+    async def _look(self, question: Callable[[UioDevice], bool], uio: UioDevice) -> bool:
+        return await disownable(
+            partial(question, uio),
+            deadline=CONFIGFS_SECONDS,
+            what=f"the configuration of {uio}",
+            undo=lambda _: None,
+            limiter=self._limiter,
+        )
 
     def _announce(self) -> None:
         self._changed.set()
@@ -304,13 +339,7 @@ class TcmuServer:
         """Ask the kernel, and remember it for the device's removal."""
         waits = True
         with contextlib.suppress(PloopError):
-            waits = await disownable(
-                partial(self._kernel.waits_for_replies, uio),
-                deadline=CONFIGFS_SECONDS,
-                what=f"the configuration of {uio}",
-                undo=lambda _: None,
-                limiter=self._limiter,
-            )
+            waits = await self._look(self._kernel.waits_for_replies, uio)
         if waits:
             self._waiting.add(uio)
         return waits
@@ -347,6 +376,12 @@ class TcmuServer:
     async def _reconfigured(self, uio: UioDevice, event: netlink.Event) -> None:
         """What is written again unchanged succeeds: `targetctl restore` writes everything."""
         await self._until_started(uio)  # a restore writes as soon as it has been made
+        while (
+            uio in self._known
+            and uio not in self._failures
+            and uio.name.backstore not in self.attached
+        ):
+            await self._changed.wait()
         attachment = self.attached.get(uio.name.backstore)
         if attachment is None:
             raise self._failures.get(uio) or NotFoundError(

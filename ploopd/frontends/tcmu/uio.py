@@ -140,8 +140,14 @@ class Kernel:
             return None
         return UioDevice(minor=int(number), name=name)
 
+    def present(self, device: UioDevice) -> bool:
+        """Is it still there, and still the same?"""
+        return self._device(self.sys / f"class/uio/uio{device.minor}") == device
+
     def open(self, device: UioDevice) -> SharedMemory:
-        """Open and map a device.  Raises BusyError or PloopError."""
+        """Open and map a device that is `made`.  Raises BusyError or PloopError."""
+        if not self.made(device):
+            raise BusyError("is still being made", path=self.directory(device))
         size_file = self.sys / f"class/uio/uio{device.minor}/maps/map0/size"
         deadline = time.monotonic() + APPEAR_SECONDS
         while not size_file.exists() and time.monotonic() < deadline:
@@ -159,6 +165,17 @@ class Kernel:
     def directory(self, device: UioDevice) -> Path:
         """The storage object's directory in configfs."""
         return self.sys / "kernel/config/target/core" / device.name.configfs
+
+    def made(self, device: UioDevice) -> bool:
+        """Has the kernel finished making it?
+
+        Until then it may take it back, because somebody has told it so by netlink, and then it
+        frees the memory that a handler has mapped: the next access crashes the kernel (6.1).
+        """
+        try:
+            return (self.directory(device) / "enable").read_text().strip() == "1"
+        except OSError:
+            return False
 
     def attribute(self, device: UioDevice, name: str) -> str | None:
         """An attribute's text, or None if there is no such attribute."""

@@ -87,7 +87,7 @@ def test_after_tcmu_runner_the_kernel_waits_for_answers(web: Path, scratch: Path
     with kernel_target.serve(web, directory=scratch) as server:
         wait_until(lambda: "dbus-name" in server.stderr, "the name on the bus")
         assert "Created" in create("web", "64M")
-        assert "tcmu-attached uio=web" in server.stderr  # before the creation was done
+        wait_until(lambda: "tcmu-attached uio=web" in server.stderr, "web being served")
         (path,) = kernel_target.CONFIGFS.glob("core/user_*/web")
         assert (path / "attrib/nl_reply_supported").read_text().strip() == "1"
         wait_until(
@@ -105,7 +105,10 @@ def test_after_tcmu_runner_the_kernel_waits_for_answers(web: Path, scratch: Path
         for number in range(4):  # the next one has the name and the uio of the one that goes
             sh("/usr/bin/targetctl", "clear")
             assert sh("/usr/bin/targetctl", "restore") == "", server.stderr
-            assert server.stderr.count("tcmu-attached uio=web") == 3 + number
+            wait_until(
+                lambda count=3 + number: server.stderr.count("tcmu-attached uio=web") == count,
+                "web being served again",
+            )
         targetcli(PLOOP, "delete", "web")
         assert backstores() == []
         assert server.stop() == 0, server.stderr

@@ -81,6 +81,7 @@ class Machine(Kernel):
         for group in ("attrib", "action"):
             (directory / group).mkdir(parents=True)
         for name, value in (
+            ("enable", 1),
             ("attrib/dev_size", size),
             ("attrib/cmd_time_out", 30),
             ("attrib/tmr_notification", 0),
@@ -109,6 +110,7 @@ class Machine(Kernel):
     def open(self, device: UioDevice) -> SharedMemory:
         if device.minor in self.taken:
             raise BusyError("is open in another process", path=f"/dev/uio{device.minor}")
+        assert self.made(device), "the kernel may free this memory"
         file = Wakeable(self.fakes[device.minor])
         self.files.append(file)
         return file

@@ -1,0 +1,64 @@
+"""Devices that the kernel has not finished making: it shows them, and may take them back."""
+
+from __future__ import annotations
+
+import pytest
+import trio.testing
+
+from ploopd.errors import BusyError
+from ploopd.frontends.tcmu.uio import Kernel
+from tests.unit.frontends.tcmu.rig import READ, SIZE, Rig
+
+pytestmark = pytest.mark.trio
+
+
+async def test_it_is_opened_when_it_is_made(rig: Rig, clock: trio.testing.MockClock) -> None:
+    rig.machine.add(1)
+    rig.machine.set(1, "enable", 0)
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.machine.value(1, "attrib/cmd_time_out") == "0")
+    await trio.sleep(3)
+    assert not rig.machine.files
+    rig.machine.set(1, "enable", 1)
+    await rig.until(lambda: rig.disk.bound)
+
+
+async def test_one_that_is_taken_back_is_never_opened(
+    rig: Rig, clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.machine.add(1)
+    rig.machine.set(1, "enable", 0)
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.machine.value(1, "attrib/cmd_time_out") == "0")
+    rig.machine.remove(1)
+    await rig.until(lambda: rig.daemon.released == ["disk"])
+    assert not rig.machine.files
+    assert "tcmu-taken-back" in caplog.text
+    rig.machine.fakes.pop(1)
+    rig.machine.add(2)
+    await rig.until(lambda: rig.disk.bound)
+
+
+async def test_one_that_is_refused_is_not_opened_either(
+    rig: Rig, clock: trio.testing.MockClock
+) -> None:
+    """Commands are answered for a disk that cannot be had, when the device is made."""
+    fake = rig.machine.add(1, size=SIZE * 2)
+    rig.machine.set(1, "enable", 0)
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.server.failure("b1"))
+    await trio.sleep(3)
+    assert not rig.machine.files
+    rig.machine.set(1, "enable", 1)
+    await rig.until(lambda: rig.machine.files, 60)
+    fake.command(READ, expect=512)
+    rig.file.kernel_end.send(b"\1\0\0\0")
+    await rig.until(fake.harvest)
+    assert fake.answers[0].status == 2
+
+
+async def test_opening_one_is_an_error(rig: Rig) -> None:
+    rig.machine.add(1)
+    rig.machine.set(1, "enable", 0)
+    with pytest.raises(BusyError, match="still being made"):
+        Kernel.open(rig.machine, rig.machine.devices()[0])
