@@ -14,7 +14,7 @@ from ploopd.cli.errors import report as report_error
 from ploopd.cli.options import parse_size_option
 from ploopd.cli.render import echo_fields, echo_json, echo_table
 from ploopd.errors import CorruptImageError, PloopError, UnsupportedError
-from ploopd.units import format_size, format_size_exact
+from ploopd.units import format_size, format_size_exact, parse_size
 
 if TYPE_CHECKING:
     from ploopd.storage.check import CheckReport, Repair
@@ -26,6 +26,7 @@ CHECK_NOT_COMPLETED: Final = 1
 CHECK_CORRUPT: Final = 2
 CHECK_LEAKS: Final = 3
 CHECK_UNSUPPORTED: Final = 63
+RESIZE_FAILED: Final = 1
 
 _FORMAT_NAMES: Final = {"ploop": "parallels", "raw": "raw"}
 """Names of `storage` → names of qemu-img."""
@@ -40,8 +41,8 @@ OUTPUT = click.option(
 IMAGE = click.argument("image_path", metavar="IMAGE")
 
 
-class CheckCommand(click.Command):
-    """`check`, whose exit codes are qemu-img's: a command line that is wrong is 1, too, not 2."""
+class QemuCommand(click.Command):
+    """A command whose exit codes are qemu-img's: a command line that is wrong is 1, too, not 2."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         try:
@@ -53,7 +54,7 @@ class CheckCommand(click.Command):
 
 @click.group()
 def image() -> None:
-    """Create, inspect and check images; needs no daemon."""
+    """Create, inspect, grow and check images; needs no daemon."""
 
 
 @image.command()
@@ -119,6 +120,58 @@ def create(
     )
     if made.descriptor is not None:
         click.echo(made.descriptor)
+
+
+@image.command(cls=QemuCommand)
+@IMAGE
+@click.option(
+    "--size",
+    required=True,
+    metavar="[+]SIZE",
+    help="New size of the disk, e.g. 20G (binary units), or with + how much is added.",
+)
+@OUTPUT
+def resize(image_path: str, size: str, output: str) -> int:
+    """Make the disk of IMAGE larger; its content stays, the new part reads as zeros.
+
+    Only the top delta of a chain grows, and DiskDescriptor.xml with it. The size is rounded up to
+    whole clusters. A kill at any moment leaves an image of the old or of the new size. The image
+    must not be in use: for one that is served there is `device resize`. What lies on the disk, a
+    partition table and file systems, keeps its size.
+
+    Exit codes: 0 resized, or of that size already; 1 it was not.
+    """
+    from ploopd.storage.grow import grow_image
+
+    try:
+        wanted = _wanted_size(image_path, size)
+        grown = grow_image(image_path, wanted)
+    except PloopError as error:
+        report_error("ploopctl", str(error))
+        return RESIZE_FAILED
+    if output == "json":
+        echo_json(
+            {
+                "filename": grown.path,
+                "virtual-size": grown.size,
+                "previous-size": grown.previous,
+                "moved-clusters": grown.moved,
+            }
+        )
+        return 0
+    if grown.size != wanted:
+        click.echo(f"size rounded up to {format_size_exact(grown.size)}", err=True)
+    click.echo("Image resized." if grown.size != grown.previous else "Image has that size.")
+    return 0
+
+
+def _wanted_size(image_path: str, text: str) -> int:
+    """Bytes; with a plus sign, more than the image has."""
+    if not text.startswith("+"):
+        return parse_size(text)
+    from ploopd.storage.mapinfo import image_info
+
+    return image_info(image_path).virtual_size + parse_size(text[1:])
 
 
 @image.command()
@@ -265,7 +318,7 @@ def _extent_object(one: Extent) -> dict[str, object]:
     return fields
 
 
-@image.command(cls=CheckCommand)
+@image.command(cls=QemuCommand)
 @IMAGE
 @click.option(
     "-r",

@@ -11,16 +11,14 @@ from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-from image_format import CLOSED_V20, HEADER_SIZE, IN_USE, FormatError
-from image_format import bat as bat_format
+from image_format import CLOSED_V20, IN_USE, FormatError
 from ploopd.errors import ImageFormatError, UnsupportedError
 from ploopd.fileio.file import File
+from ploopd.storage.bat_patch import write_entries
 from ploopd.storage.check_scan import Scan, scan
 from ploopd.storage.format_errors import convert
 
-_PAGE: Final = 4096
 _FIRST_UNFIT_V1_SECTOR: Final = 1 << 32
 
 
@@ -92,7 +90,7 @@ def _zero_entries(file: File, found: Scan) -> Scan:
     bad = np.union1d(found.bat.in_header, found.bat.past_eof)
     if not len(bad) and not found.padding.words:
         return found
-    _write_entries(file, found.entries, bad, np.zeros(len(bad), dtype=np.uint32))
+    write_entries(file, found.entries, bad, np.zeros(len(bad), dtype=np.uint32))
     for offset, length in found.padding.stretches:
         file.pwrite(bytes(length), offset)
     file.fsync()
@@ -121,7 +119,7 @@ def _separate(file: File, found: Scan) -> Scan:
         file.pwrite(data, place * cluster)
         values[at] = value
     file.fsync()
-    _write_entries(file, found.entries, users, values)
+    write_entries(file, found.entries, users, values)
     file.fsync()
     return scan(file)
 
@@ -134,25 +132,6 @@ def _free_places(found: Scan) -> Iterator[int]:
     while True:
         yield place
         place += 1
-
-
-def _write_entries(
-    file: File,
-    entries: npt.NDArray[np.uint32],
-    clusters: npt.NDArray[np.int64],
-    values: npt.NDArray[np.uint32],
-) -> None:
-    """Write changed entries, a run of whole 4 KiB pages at a time; the header is left alone."""
-    if not len(clusters):
-        return
-    changed = entries.copy()
-    changed[clusters] = values
-    raw = changed.astype("<u4", copy=False).view(np.uint8).data
-    pages = np.unique((HEADER_SIZE + 4 * clusters) // _PAGE)
-    for run in np.split(pages, np.flatnonzero(np.diff(pages) > 1) + 1):
-        begin = max(int(run[0]) * _PAGE - HEADER_SIZE, 0)
-        end = min((int(run[-1]) + 1) * _PAGE - HEADER_SIZE, len(raw))
-        file.pwrite(raw[begin:end], bat_format.entry_offset(0) + begin)
 
 
 def _give_back(file: File, found: Scan) -> None:

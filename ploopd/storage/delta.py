@@ -116,6 +116,13 @@ class Delta:
                 self.file.pwrite(self.header.pack(), 0)
             raise
 
+    def grow(self, header: PvdHeader) -> None:
+        """`header` says of the same, marked file how large its disk is from now on; synced.
+
+        Raises StorageError, and nobody knows then which of the two headers a crash leaves.
+        """
+        self._write_header(header)
+
     def _write_header(self, header: PvdHeader) -> None:
         self.file.pwrite(header.pack(), 0)
         self.file.fsync()

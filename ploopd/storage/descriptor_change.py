@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable
 from typing import Final
 
-from image_format import FormatError
+from image_format import FormatError, chs_geometry, with_size
 from ploopd.errors import (
     DeniedError,
     DescriptorError,
@@ -105,6 +105,13 @@ class DescriptorChange:
                     )
                 os.rename(self._temporary, self.path)
                 self._prepared = False
+        except OSError as error:
+            raise _refused(error, self.path, self._hint) from error
+        self.sync()
+
+    def sync(self) -> None:
+        """Make the names durable, that of what `prepare` has written among them."""
+        try:
             sync_directory(os.path.dirname(self.path), self._layer)
         except OSError as error:
             raise _refused(error, self.path, self._hint) from error
@@ -142,6 +149,38 @@ class DescriptorChange:
             self._layer.fsync(fd)
         finally:
             self._layer.close(fd)
+
+
+def finish_growth(descriptor: str, layer: OsLayer = REAL) -> None:
+    """Put the document in its place that says what `interrupted_growth` has found.
+
+    Raises like `DescriptorChange.commit`.
+    """
+    path = os.path.realpath(descriptor)
+    try:
+        os.rename(path + SUFFIX, path)
+        sync_directory(os.path.dirname(path), layer)
+    except OSError as error:
+        raise _refused(error, path, None) from error
+
+
+def interrupted_growth(descriptor: str, size_sectors: int) -> bool:
+    """Whether an image was grown to `size_sectors` and all that is missing is that the new document
+    gets its name: it lies beside the old one, and says the same but for the size.
+
+    Raises what reading the descriptor raises.
+    """
+    path = os.path.realpath(descriptor)
+    try:
+        new = read_descriptor(path + SUFFIX)
+    except PloopError:
+        return False
+    try:
+        return new == with_size(
+            read_descriptor(path), size_sectors, chs_geometry(size_sectors), file=path
+        )
+    except FormatError as error:
+        raise convert(error) from error
 
 
 def sync_directory(directory: str, layer: OsLayer = REAL) -> None:

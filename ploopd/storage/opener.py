@@ -36,6 +36,7 @@ from ploopd.storage.bat_writer import BatWriter
 from ploopd.storage.chain_files import DiskFiles, ImageFile, locate
 from ploopd.storage.core import Core, Source
 from ploopd.storage.delta import Delta
+from ploopd.storage.descriptor_change import finish_growth, interrupted_growth
 from ploopd.storage.identity import load_identity
 from ploopd.storage.mapping import ClusterMap
 from ploopd.storage.probe import ImageFormat, probe_format
@@ -102,6 +103,8 @@ def open_volume(
         else:
             identity = load_identity(files.path, create=not options.read_only)
         stack.mark_in_use()
+        if not options.read_only:
+            finish_descriptor(files, stack, layer)
     except PloopError:
         with contextlib.suppress(StorageError):
             stack.close()
@@ -118,6 +121,7 @@ def open_stack(
     path: str | os.PathLike[str],
     *,
     locking: bool = True,
+    writable: bool = False,
     options: OpenOptions | None = None,
     substitutes: Mapping[str, str] = NO_SUBSTITUTES,
     layer: OsLayer = REAL,
@@ -125,9 +129,10 @@ def open_stack(
     """The files of the disk at `path` opened for blocking reads, not yet compared with each other.
 
     `locking` False also opens what is being written to elsewhere: right for a look at the headers.
-    `substitutes`: as for `open_volume`.  Raises like `open_volume`.
+    `writable`: the top, to be changed offline.  `substitutes`: as for `open_volume`.  Raises like
+    `open_volume`.
     """
-    options = replace(options or OpenOptions(), read_only=True)
+    options = replace(options or OpenOptions(), read_only=not writable)
     files = locate(os.fspath(path), options.image_root, options.format).substituted(substitutes)
     return files, _Opener(options, None, layer, None, locking).open(files)
 
@@ -266,10 +271,13 @@ def _close(file: File) -> None:
 
 
 def verify_descriptor(files: DiskFiles, stack: Stack) -> None:
-    """Raise DescriptorError if the descriptor speaks of another disk than the files."""
+    """Raise DescriptorError if the descriptor speaks of another disk than the files.
+
+    Not where growing the image was interrupted, and only the descriptor has the old size.
+    """
     if files.size is None:
         return
-    if files.size != stack.size:
+    if files.size != stack.size and not _half_grown(files, stack):
         raise DescriptorError(
             f"the top image has {stack.size // SECTOR} sectors",
             path=files.path,
@@ -283,6 +291,24 @@ def verify_descriptor(files: DiskFiles, stack: Stack) -> None:
             field="Blocksize",
             value=(files.cluster_size or 0) // SECTOR,
         )
+
+
+def _half_grown(files: DiskFiles, stack: Stack) -> bool:
+    """Whether the descriptor is all that is missing to a larger disk; see `storage.grow`."""
+    assert files.size is not None
+    return files.size < stack.size and interrupted_growth(files.path, stack.size // SECTOR)
+
+
+def finish_descriptor(files: DiskFiles, stack: Stack, layer: OsLayer = REAL) -> None:
+    """Finish what a crash has left of growing the image; where that cannot be, it is noted."""
+    if files.size is None or files.size == stack.size:
+        return
+    try:
+        finish_growth(files.path, layer)
+    except PloopError as error:
+        stack.notes.append(f"growing the image was interrupted, and cannot be finished: {error}")
+    else:
+        stack.notes.append(f"{files.path}: growing the image was interrupted and is finished now")
 
 
 def _late_references(stack: Stack, inherit: Volume | None) -> set[int]:

@@ -193,7 +193,8 @@ class Stack:
             require_sound(layer.delta, indexes, lower_report)
             if layer.delta.header.unclean:
                 self.notes.append(f"{layer.file.path}: a lower delta is marked as in use")
-            cluster_map.add_delta(level, indexes)
+            # Its own disk may be shorter than its BAT: entries behind that end are none.
+            cluster_map.add_delta(level, indexes[: -(-layer.size // self.cluster_size)])
             del indexes
         return cluster_map, tuple(sources), report
 
