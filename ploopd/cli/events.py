@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,11 +70,17 @@ def _warn(lost: int) -> None:
 
 
 def _echo_lines(found: Iterable[DeviceEvent]) -> None:
+    for line in event_lines(found):
+        click.echo(line)
+
+
+def event_lines(found: Iterable[DeviceEvent]) -> Iterator[str]:
+    """A line for each event, in local time."""
     for event in found:
         when = datetime.fromtimestamp(event.time).astimezone()
         details = " ".join(f"{key}={_value(value)}" for key, value in event.details.items())
         stamp = when.isoformat(sep=" ", timespec="milliseconds")
-        click.echo(one_line(f"{stamp}  {event.device}  {event.event}  {details}".rstrip()))
+        yield one_line(f"{stamp}  {event.device}  {event.event}  {details}".rstrip())
 
 
 def _value(value: object) -> str:

@@ -16,9 +16,12 @@ from ploopd.units import format_size
 
 if TYPE_CHECKING:
     from ploopd.control.client import ControlClient
-    from ploopd.control.messages import LioExport
+    from ploopd.control.messages import LioExport, LioReply
 
 LOOPBACK = "127.0.0.1:3260"
+
+PATIENCE = 60.0
+"""Seconds at least: the kernel's target has the daemon wait for 30."""
 
 _DEVICE = click.argument("device", shell_complete=complete_device)
 
@@ -31,7 +34,7 @@ def lio() -> None:
 def _client(control: Path | None, timeout: float) -> ControlClient:
     from ploopd.control.client import ControlClient
 
-    return ControlClient(control, timeout=max(timeout, 60.0))
+    return ControlClient(control, timeout=max(timeout, PATIENCE))
 
 
 @lio.command()
@@ -139,7 +142,12 @@ def list_exports(control: Path | None, output: str, timeout: float) -> None:
         reply = client.call(messages.LIO_LIST, messages.LioReply, waiting="the kernel's target")
     if output == "json":
         echo_json(reply)
-        return
+    else:
+        echo_backstores(reply)
+
+
+def echo_backstores(reply: LioReply) -> None:
+    """The table of the backstores and their LUNs."""
     ours = {(each.device, f"{each.iqn}/{each.lun}"): each for each in reply.exports}
     rows = []
     for backstore in reply.backstores:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -44,12 +45,14 @@ def reload(context: click.Context, force: bool, output: str, timeout: float) -> 
     if output == "json":
         echo_json(reply)
     else:
-        _echo(reply)
+        for line in report_lines(reply):
+            click.echo(line)
     if reply.refused:
         context.exit(ExitCode.BUSY)
 
 
-def _echo(reply: ReloadReply) -> None:
+def report_lines(reply: ReloadReply) -> Iterator[str]:
+    """What was done and what was not, for people."""
     for what, names in (
         ("added", reply.added),
         ("removed", reply.removed),
@@ -57,8 +60,8 @@ def _echo(reply: ReloadReply) -> None:
         ("after the next start", reply.needs_restart),
     ):
         if names:
-            click.echo(f"{what}: {', '.join(names)}")
+            yield f"{what}: {', '.join(names)}"
     for each in reply.refused:
-        click.echo(f"not done: {each.device}: {each.reason}")
+        yield f"not done: {each.device}: {each.reason}"
     if not (reply.added or reply.removed or reply.changed or reply.refused or reply.needs_restart):
-        click.echo("nothing has changed")
+        yield "nothing has changed"

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import select
+import signal
 import subprocess
 import sys
+import termios
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,14 +23,27 @@ pytest.importorskip("configshell_fb")
 pytestmark = pytest.mark.functional
 
 
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[ServeProcess]:
+@contextmanager
+def serving(tmp_path: Path) -> Iterator[ServeProcess]:
     for name in ("one.hds", "two.hds"):
         subprocess.run(
             ["qemu-img", "create", "-q", "-f", "parallels", str(tmp_path / name), "64M"], check=True
         )
     images = (tmp_path / "one.hds", tmp_path / "two.hds")
     with ServeProcess(*images, directory=tmp_path, options=("--park-max", "7")) as served:
+        yield served
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[ServeProcess]:
+    with serving(tmp_path) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
+    """For tests that change nothing."""
+    with serving(tmp_path_factory.mktemp("shell")) as served:
         yield served
 
 
@@ -72,20 +91,60 @@ def test_commands_come_from_standard_input_until_the_first_error(served: ServePr
     assert done.returncode == 1
 
 
+def test_exit_ends_a_script(served: ServeProcess) -> None:
+    done = shell(served, stdin="version\nexit\nnonsense\n")
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1)
+
+
+def test_the_events_of_one_device_and_of_all(served: ServeProcess) -> None:
+    shell(served, "/devices/one", "standby", "enter")
+    shell(served, "/devices/one", "standby", "leave")
+    events = [line.split()[2:4] for line in shell(served, "/devices", "events").stdout.splitlines()]
+    assert events == [
+        ["one", "device-added"],
+        ["two", "device-added"],
+        ["one", "standby-entered"],
+        ["one", "standby-left"],
+    ]
+    assert len(shell(served, "/devices/two", "events").stdout.splitlines()) == 1
+
+
+def test_a_device_is_found_by_a_relative_path_and_all_by_a_star(served: ServeProcess) -> None:
+    done = shell(served, stdin="cd devices\none/ info\n* standby\n")
+    assert done.returncode == 0, done.stderr
+    assert "name: one" in done.stdout
+    for name in ("one", "two"):
+        assert f"[/devices/{name}]\noff\n" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "code", "reason"),
     [
         (["/devices/none", "info"], 1, "No such path /devices/none"),
         (["/devices/one", "replace", "image=/nowhere"], 4, "/nowhere: no such file"),
         (["/devices/one", "standby", "sideways"], 1, "none of show, enter, leave"),
+        (["/devices/one", "replace", "x", "force=perhaps"], 1, "neither true nor false"),
+        (
+            ["/devices/one", "replace", "image=/no where/\u00fc.hds"],
+            4,
+            "/no where/\u00fc.hds: no such",
+        ),
+        (["/devices/one", "replace"], 1, "Missing required parameter image"),
+        (["/devices/one", "info", "more=x"], 1, "more"),
+        (["/devices/one replace 'image=/no where'"], 4, "/no where: no such file"),
+        (["/devices/one replace 'image=/no"], 1, "no closing quotation"),
+        (["ls", "/nowhere"], 1, "/nowhere"),
+        (["cd", "/nowhere"], 1, "/nowhere"),
+        (["reload"], 16, "only `ploopd run` has something to read again"),
+        (["/devices", "reload"], 1, "Command not found reload"),
         (["/lio", "export", "one", "iqn.2026-01.org.example:x"], 16, "does not serve"),
         (["/lio", "export", "one", "iqn.2026-01.org.example:x", "lun=x"], 1, "not a number"),
     ],
 )
 def test_errors_are_told_in_one_line(
-    served: ServeProcess, words: list[str], code: int, reason: str
+    unchanged: ServeProcess, words: list[str], code: int, reason: str
 ) -> None:
-    done = shell(served, *words)
+    done = shell(unchanged, *words)
     assert reason in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.returncode == code
@@ -113,3 +172,44 @@ def test_no_daemon_is_told(tmp_path: Path) -> None:
         [*command, "shell", "ls"], capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 3
+
+
+def test_names_and_paths_are_completed(unchanged: ServeProcess) -> None:
+    command = [sys.executable, "-m", "ploopd.cli.ploopctl", "--control", str(unchanged.control)]
+    image = unchanged.directory / "one.hds"
+    pid, terminal = pty.fork()
+    if pid == 0:  # pragma: no cover
+        os.environ |= {"HOME": str(unchanged.directory), "TERM": "dumb"}
+        os.execv(sys.executable, [*command, "shell"])
+
+    def read_until(wanted: str) -> str:
+        seen = ""
+        while wanted not in seen:
+            assert select.select([terminal], [], [], 30)[0], f"no {wanted!r} in {seen!r}"
+            seen += os.read(terminal, 65536).decode()
+        return seen
+
+    def say(text: str, wanted: str) -> str:
+        os.write(terminal, text.encode())
+        return read_until(wanted)
+
+    try:
+        termios.tcsetwinsize(terminal, (24, 500))  # nothing is scrolled
+        read_until("/> ")
+        say("/devices/t\t", "/devices/two ")
+        say("inf\t\n", "name: two")
+        read_until("/> ")
+        say("/devices/one rep\t", "replace ")
+        say(f"image={str(image)[:-6]}\t", str(image)[-6:])
+        say(" dry_run=t\t", "dry_run=true")
+        say("\x03", "/> ")
+        say("nonsense\n", "Command not found")
+        say("cd /devices/one\n", "/devices/one> ")
+        os.write(terminal, b"exit\n")
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        pid = 0
+    finally:
+        os.close(terminal)
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
