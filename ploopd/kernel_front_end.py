@@ -63,6 +63,10 @@ class KernelFrontEnd:
 
     # -- targetcli's questions -------------------------------------------------------------
 
+    def another_handler(self, there: bool) -> None:
+        """tcmu-runner has the name on the bus, or not."""
+        self.server.another = there
+
     async def check(self, reference: Reference) -> None:
         """Raises PloopError if a backstore could not be served from `reference`."""
         await self.devices.check(reference)

@@ -50,6 +50,10 @@ class Asked:
 
     checked: list[Reference] = field(default_factory=list)
     changed: list[tuple[str, Reference, int]] = field(default_factory=list)
+    another: bool | None = None
+
+    def another_handler(self, there: bool) -> None:
+        self.another = there
 
     async def check(self, reference: Reference) -> None:
         self.checked.append(reference)
@@ -166,10 +170,12 @@ async def test_the_second_takes_the_name_when_the_first_leaves(bus: str) -> None
         await until_owned(f"{NAME}.HandlerManager1.ploop")
         await gdbus(f"{NAME}.CheckConfig", "ploop/disk", path=f"{ROOT}/ploop")
         assert (len(first.checked), len(second.checked)) == (1, 0)
+        assert (first.another, second.another) == (False, True)
         leaving.cancel()
         with trio.fail_after(20):
             while not second.checked:
                 await gdbus(f"{NAME}.CheckConfig", "ploop/disk", path=f"{ROOT}/ploop")
+        assert second.another is False
         nursery.cancel_scope.cancel()
 
 

@@ -54,6 +54,10 @@ log = logging.getLogger(__name__)
 class Backstores(Protocol):
     """Who answers targetcli's questions (the daemon)."""
 
+    def another_handler(self, there: bool) -> None:
+        """Another program, tcmu-runner, is the handler on the bus, or is not (any more)."""
+        ...
+
     async def check(self, reference: Reference) -> None:
         """Raises PloopError, whose text is shown, if `reference` cannot be served."""
         ...
@@ -108,6 +112,7 @@ class BusService:
         if reply is None:
             return
         self._owner = reply.body[0] in (_OWNER, _ALREADY_OWNER)
+        self._backstores.another_handler(not self._owner)
         if self._owner:
             log.info("event=dbus-name name=%s", BUS_NAME)
             return

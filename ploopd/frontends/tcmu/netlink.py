@@ -8,6 +8,7 @@ one has come.
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -131,6 +132,16 @@ def parse_events(datagram: bytes, family: Family) -> Iterator[Event]:
             size=_number(fields, _DEV_SIZE, "=Q") if _DEV_SIZE in fields else None,
             write_cache=None if cache is None else bool(cache[0]),
         )
+
+
+def overruled(datagram: bytes) -> bool:
+    """Does the kernel say of a reply of ours that nobody waits for it (any more)?"""
+    for message_type, payload in _messages(datagram):
+        if message_type == _NLMSG_ERROR and len(payload) >= 4:
+            (code,) = struct.unpack_from("=i", payload)
+            if code == -errno.ENODEV:
+                return True
+    return False
 
 
 def reply(event: Event, family: Family, status: int, sequence: int = 0) -> bytes:

@@ -28,6 +28,7 @@ from ploopd.frontends.tcmu.names import Reference, parse_config, parse_kernel_na
 from ploopd.frontends.tcmu.refusal import Refusal
 from ploopd.frontends.tcmu.restart import RestartNotes
 from ploopd.frontends.tcmu.uio import Kernel, UioDevice
+from ploopd.frontends.tcmu.waiver import Waiver
 
 SCAN_SECONDS = 1.0
 """Between looks into sysfs without netlink; with it ten times as long."""
@@ -73,7 +74,9 @@ class Provider(Protocol):
 class TcmuServer:
     """Serves the kernel's devices; `attached` are those that are being served, by backstore name.
 
-    `state`: the directory for notes from one daemon to the next.
+    `state`: the directory for notes from one daemon to the next.  `another`: there is another
+    handler of TCMU devices, tcmu-runner; found out here when the kernel says that somebody was
+    faster, and by whoever knows earlier.
     """
 
     def __init__(self, provider: Provider, state: Path, *, kernel: Kernel | None = None) -> None:
@@ -82,6 +85,8 @@ class TcmuServer:
         self._kernel = kernel or Kernel()
         self._notes = RestartNotes(state, self._kernel.boot_id())
         self._limiter = trio.CapacityLimiter(16)
+        self.another = False
+        self._waiver = Waiver(self._kernel, lambda: self.another)
         self._known: dict[UioDevice, trio.CancelScope] = {}
         self._ended: dict[UioDevice, trio.Event] = {}
         self._started: dict[UioDevice, trio.Event] = {}
@@ -97,6 +102,7 @@ class TcmuServer:
         """Until cancelled, after `shutdown`; started when the devices that are there were found."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self._listen, nursery)
+            nursery.start_soon(self._waiver.serve)
             await self._scan(nursery)
             task_status.started()
             while True:
@@ -297,6 +303,7 @@ class TcmuServer:
                 if sender[0] != KERNEL[0]:
                     continue
                 try:
+                    self.another |= netlink.overruled(datagram)
                     events = list(netlink.parse_events(datagram, family))
                 except netlink.NetlinkError as error:
                     log.warning("event=tcmu-netlink error=%r", str(error))
@@ -323,6 +330,9 @@ class TcmuServer:
         except PloopError as error:
             status = -_errno_of(error)
             log.warning("event=tcmu-refused uio=%s error=%r", uio, str(error))
+        if event.kind is netlink.EventKind.ADDED and name.configfs in self._waiver.granted:
+            self._waiver.granted.discard(name.configfs)
+            waits = True  # it may have been granted after the kernel began to wait
         if waits:
             with contextlib.suppress(OSError):
                 await channel.sendto(netlink.reply(event, family, status), KERNEL)

@@ -162,9 +162,14 @@ class Kernel:
 
     # -- configfs --------------------------------------------------------------------------
 
+    @property
+    def core(self) -> Path:
+        """configfs' directory of all backstores."""
+        return self.sys / "kernel/config/target/core"
+
     def directory(self, device: UioDevice) -> Path:
         """The storage object's directory in configfs."""
-        return self.sys / "kernel/config/target/core" / device.name.configfs
+        return self.core / device.name.configfs
 
     def made(self, device: UioDevice) -> bool:
         """Has the kernel finished making it?
@@ -188,6 +193,25 @@ class Kernel:
         """Does the kernel want netlink events of this device to be answered?  0: nobody has ever
         promised to; -1: it was made so that nobody is asked."""
         return self.attribute(device, "nl_reply_supported") not in ("0", "-1", None)
+
+    def backstore_config(self, name: str) -> str | None:
+        """`SUBTYPE/CONFIG` of the backstore `user_N/NAME`, "" until it is written; None if there is
+        none."""
+        try:
+            descriptor = os.open(f"{self.core}/{name}/attrib/dev_config", os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            return os.read(descriptor, 4096).decode(errors="surrogateescape").rstrip("\n")
+        except OSError:
+            return None
+        finally:
+            os.close(descriptor)
+
+    def waive_replies(self, name: str) -> bool:
+        """Let the kernel not wait for replies about the backstore `user_N/NAME`; False if it does
+        not take that."""
+        return self._write(self.core / name / "attrib/nl_reply_supported", -1)
 
     def set_attribute(self, device: UioDevice, name: str, value: int) -> bool:
         """Write an attribute; False if the kernel does not take it."""

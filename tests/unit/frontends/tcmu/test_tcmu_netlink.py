@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import struct
 
@@ -81,6 +82,19 @@ def test_a_missing_module_is_told() -> None:
     error = struct.pack("=IHHII", 36, 2, 0, 1, 0) + struct.pack("=i", -2) + bytes(16)
     with pytest.raises(NetlinkError, match="no family TCM-USER"):
         netlink.parse_family(error)
+
+
+def test_somebody_was_faster() -> None:
+    """ENODEV is the kernel's answer to a reply that nobody waits for."""
+
+    def error(code: int) -> bytes:
+        return struct.pack("=IHHIIi", 36, 2, 0, 1, 0, code) + bytes(16)
+
+    assert netlink.overruled(error(-errno.ENODEV))
+    assert netlink.overruled(error(0) + error(-errno.ENODEV))
+    assert not netlink.overruled(error(-errno.EINVAL))
+    assert not netlink.overruled(event(1))
+    assert not list(netlink.parse_events(error(-errno.ENODEV), FAMILY))
 
 
 def test_this_kernel_understands_the_question() -> None:
