@@ -202,7 +202,7 @@ def test_names_and_paths_are_completed(unchanged: ServeProcess) -> None:
         say("/devices/one rep\t", "replace ")
         say(f"image={str(image)[:-6]}\t", str(image)[-6:])
         say(" dry_run=t\t", "dry_run=true")
-        say("\x03", "/> ")
+        say("\x15\n", "/> ")  # the line is taken back
         say("nonsense\n", "Command not found")
         say("cd /devices/one\n", "/devices/one> ")
         os.write(terminal, b"exit\n")
