@@ -5,6 +5,7 @@ What only a real kernel can show is in tests/kernel."""
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,8 +134,13 @@ class Rig:
             self.table,
             cast(KernelFrontEnd, self.front_end),
             state=self.state,
-            kernel=cast(Callable[[], Lio], lambda: self.kernel),
+            kernel=self._lio,
         )
+
+    def _lio(self) -> Lio:
+        """The kernel may never come back from what is done with it."""
+        assert threading.current_thread() is not threading.main_thread()
+        return cast(Lio, self.kernel)
 
     @property
     def web(self) -> Device:

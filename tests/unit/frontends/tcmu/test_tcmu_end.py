@@ -107,3 +107,19 @@ async def test_a_storage_that_fails_while_the_daemon_ends(
     fake.harvest()
     assert [answer.status for answer in fake.answers] == [BUSY]
     assert not list(rig.state.glob("*.json"))
+
+
+async def test_a_device_that_is_deleted_while_its_commands_wait(
+    rig: Rig, clock: trio.testing.MockClock
+) -> None:
+    _, disk, device = await begin(rig)
+    device.fail("write", errno.EIO)
+    device.complete(1, index=1)
+    assert (disk.gate.parked_count, len(device.outstanding)) == (1, 1)
+    rig.machine.remove(1)
+    rig.file.kernel_end.send(b"gone")
+    await rig.until(lambda: rig.daemon.released)
+    assert rig.file.closed
+    assert disk.gate.parked_count == 0, "it must not be executed any more"
+    device.complete()  # late, and nobody is there any more
+    rig.machine.fakes[1].close()  # nor has a view of it
