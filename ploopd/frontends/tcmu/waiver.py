@@ -26,7 +26,8 @@ AGAIN_SECONDS: Final = 5.0
 """Until configfs is looked for again; it comes with the kernel's module."""
 
 PRIORITY: Final = -15
-"""nice(2) of the thread."""
+"""nice(2) of the thread: on a machine with one CPU whoever writes the configuration goes on
+otherwise."""
 
 HBA: Final = "user_"
 
@@ -100,7 +101,7 @@ class Watch:
 
     def run(self) -> None:
         """Until `stop`."""
-        with contextlib.suppress(OSError):  # without the right to it is as quick as others
+        with contextlib.suppress(OSError):  # where that is not allowed, it is as quick as it is
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), PRIORITY)
         fd = self._inotify.fileno()
         while self._stop not in select.select((fd, self._stop), (), ())[0]:
