@@ -120,7 +120,9 @@ class Device:
     replace that failed half-way (`volume_open` False); `substitutes` are files that are served
     instead of those that the descriptor (`has_descriptor`) names, by GUID; `top_inode` are device
     and inode of the current top delta; `replay_hooks` run before a replaced volume is probed.
-    `recording` is held by the thread that changes the names of files.
+    `recording` is held by the thread that changes the names of files.  `growing_to`: the size in
+    bytes that its image may have although the device has not; `resized` is set when the device has
+    another size, and is another event after that.
     """
 
     def __init__(
@@ -144,6 +146,8 @@ class Device:
         self._deadlines = trio.Event()
         self.volume: Volume
         self.volume_open = False
+        self.growing_to: int | None = None
+        self.resized = trio.Event()
         self.top_inode: Inode
         self.has_descriptor = False
         self._abandoned: list[OpenedVolume] = []
@@ -333,6 +337,20 @@ class Device:
         self.substitutes = opened.substitutes
         self.volume_open = True
 
+    def expected_size(self, found: int) -> int:
+        """What the size of a volume must be that has `found` bytes: the device's, or that to which
+        its image was being grown when the storage failed."""
+        return found if found == self.growing_to else self.gate.size
+
+    def size_changed(self, previous: int) -> None:
+        """The gate has a larger volume now: tell initiators and front ends, before anything is
+        executed on it."""
+        self.growing_to = None
+        self.unit.capacity_changed()
+        self.gate.report(EventKind.RESIZED, size=self.size, previous=previous)
+        self.resized.set()
+        self.resized = trio.Event()
+
     def under_gate(self, volume: Volume) -> BlockDevice:
         """What the gate is to use of `volume` from now on: it may get a journal around it.
 
@@ -424,6 +442,11 @@ class Device:
             opened.volume.abandon()
         else:
             self._nursery.start_soon(self.close_volume, opened, CLOSE_DEADLINE)
+
+    @property
+    def may_change_late(self) -> bool:
+        """Whether a storage that has failed may still change the top delta behind our backs."""
+        return bool(self._late_references.get(self.top_inode))
 
     def hung_operations(self) -> list[tuple[Inode, int]]:
         """For each abandoned top delta how many operations have not come back from the kernel."""

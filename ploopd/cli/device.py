@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ploopd.cli.completion import complete_device
-from ploopd.cli.device_recovery import clear_latch, reload, replace
+from ploopd.cli.device_recovery import clear_latch, reload, replace, resize
 from ploopd.cli.options import TIMEOUT
 from ploopd.cli.render import OUTPUT, echo_fields, echo_json, echo_table
 from ploopd.errors import UsageError
@@ -28,6 +28,7 @@ def device() -> None:
 
 device.add_command(replace)
 device.add_command(reload)
+device.add_command(resize)
 device.add_command(clear_latch)
 
 

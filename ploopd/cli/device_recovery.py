@@ -1,4 +1,4 @@
-"""`ploopctl device replace`, `reload` and `clear-latch`."""
+"""`ploopctl device replace`, `reload`, `resize` and `clear-latch`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from ploopd.cli.completion import complete_device
 from ploopd.cli.options import TIMEOUT
 from ploopd.cli.render import OUTPUT, echo_json
 from ploopd.errors import PloopError, UsageError
+from ploopd.units import format_size, format_size_exact, parse_size
 
 if TYPE_CHECKING:
+    from ploopd.control.client import ControlClient
     from ploopd.control.messages import Message, Method, ReplaceStep
 
 _DEVICE = click.argument("device", shell_complete=complete_device)
@@ -105,6 +107,62 @@ def reload(control: Path | None, device: str, dry_run: bool, output: str, timeou
     _recover(control, timeout, messages.RELOAD_DEVICE, parameters, waiting, output)
 
 
+@click.command()
+@_DEVICE
+@click.option(
+    "--size",
+    required=True,
+    metavar="[+]SIZE",
+    help="New size of the disk, e.g. 20G (binary units), or with + how much is added.",
+)
+@OUTPUT
+@TIMEOUT
+@click.pass_obj
+def resize(control: Path | None, device: str, size: str, output: str, timeout: float) -> None:
+    """Make the disk of DEVICE larger while it is served.
+
+    The image is grown as `image resize` does it, while requests wait; initiators are told that the
+    capacity has changed. Each step is printed on stderr when it is done. What cannot be done leaves
+    DEVICE as it was. A device in standby does not grow. The size is rounded up to whole clusters.
+    """
+    from ploopd.control import messages
+    from ploopd.control.client import ControlClient
+
+    last: messages.ResizeStep | None = None
+    with ControlClient(control, timeout=timeout) as client:
+        parameters = messages.ResizeParameters(name=device, size=_wanted_size(client, device, size))
+        waiting = f"the next step of resizing {device}"
+        for last in client.stream(
+            messages.RESIZE_DEVICE, messages.ResizeStep, parameters, waiting=waiting
+        ):
+            click.echo(_step_text(last.elapsed, last.step, last.detail), err=True)
+    if last is None or last.size is None:
+        raise PloopError(
+            "the daemon sent no size", hint="are ploopd and ploopctl of the same version?"
+        )
+    if output == "json":
+        echo_json({"device": device, "size": last.size, "previous": last.previous})
+        return
+    told = "has" if last.size == last.previous else f"{format_size(last.previous or 0)} →"
+    click.echo(f"{device}: {told} {format_size_exact(last.size)}", err=True)
+
+
+def _wanted_size(client: ControlClient, device: str, text: str) -> int:
+    """Bytes; with a plus sign, more than the device has."""
+    if not text.startswith("+"):
+        return parse_size(text)
+    from ploopd.control import messages
+
+    added = parse_size(text[1:])
+    reply = client.call(
+        messages.SHOW_DEVICE,
+        messages.ShowReply,
+        messages.DeviceName(name=device),
+        waiting=f"the size of {device}",
+    )
+    return reply.device.size + added
+
+
 @click.command("clear-latch")
 @_DEVICE
 @TIMEOUT
@@ -152,6 +210,10 @@ def _echo_step(step: ReplaceStep) -> None:
     if step.report is not None and step.planned:
         click.echo("nothing was changed", err=True)
         return
-    time = " " * 10 if step.planned else f"{step.elapsed:8.3f} s"
-    text = f"{step.step}: {step.detail}" if step.detail else step.step
-    click.echo(f"{time}  {text}", err=True)
+    elapsed = None if step.planned else step.elapsed
+    click.echo(_step_text(elapsed, step.step, step.detail), err=True)
+
+
+def _step_text(elapsed: float | None, step: str, detail: str) -> str:
+    time = " " * 10 if elapsed is None else f"{elapsed:8.3f} s"
+    return f"{time}  {step}: {detail}" if detail else f"{time}  {step}"

@@ -31,14 +31,16 @@ class Requirements:
     """What a file must be to take the place of a delta.
 
     `format_version` is 0 for a raw file, which `raw_format` AUTO has to agree with; `size` in bytes
-    of the virtual disk.  `writable`: it becomes the top delta of a device that is written to;
-    `base`: the lowest delta of one.  `current` is the inode of the delta that is replaced, whose
-    in-use word is our own; `others` are those of the other deltas, with their levels; `held` those
-    that are locked by the device itself.  `force` accepts an image that is marked as in use.
+    of the virtual disk, which may be `growing_to` as well.  `writable`: it becomes the top delta of
+    a device that is written to; `base`: the lowest delta of one.  `current` is the inode of the
+    delta that is replaced, whose in-use word is our own; `others` are those of the other deltas,
+    with their levels; `held` those that are locked by the device itself.  `force` accepts an image
+    that is marked as in use.
     """
 
     format_version: int
     size: int
+    growing_to: int | None
     cluster_size: int
     raw_format: ImageFormat
     writable: bool
@@ -97,14 +99,18 @@ def _fitting(file: File, wanted: Requirements) -> Delta | None:
     path, size = file.path, file.size()
     if wanted.format_version == 0:
         _require_raw(file.pread(min(HEADER_SIZE, size), 0), path, wanted)
-        _require_equal("disk size", wanted.size, size, path)
+        _require_equal("disk size", _size(wanted, size), size, path)
         return None
     delta = Delta.read(file, writable=wanted.writable)
     header = delta.header
     _require_equal("format version", wanted.format_version, header.version, path)
     found = (header.size, header.cluster_size)
-    require_geometry(path, found, (wanted.size, wanted.cluster_size))
+    require_geometry(path, found, (_size(wanted, header.size), wanted.cluster_size))
     return delta
+
+
+def _size(wanted: Requirements, found: int) -> int:
+    return found if found == wanted.growing_to else wanted.size
 
 
 def _require_raw(start: bytes, path: str, wanted: Requirements) -> None:

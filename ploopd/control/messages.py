@@ -172,6 +172,26 @@ class ReplaceStep(Message, frozen=True, kw_only=True):
     report: RecoveryReport | None = None
 
 
+class ResizeParameters(Message, frozen=True, kw_only=True):
+    """Give the device and its image `size` bytes, rounded up to whole clusters."""
+
+    name: str
+    size: int
+
+
+class ResizeStep(Message, frozen=True, kw_only=True):
+    """One step of a resize, sent when it is done; the last reply has `size` and `previous` set.
+
+    `elapsed` counts from the call.
+    """
+
+    step: str
+    elapsed: float
+    detail: str = ""
+    size: int | None = None
+    previous: int | None = None
+
+
 class ClearLatchReply(Message, frozen=True, kw_only=True):
     """The failure that had made the device read-only."""
 
@@ -393,6 +413,13 @@ RELOAD_DEVICE = Method(
     help="Open all files of a device again. With `more`, one reply for each step.",
     more=True,
 )
+RESIZE_DEVICE = Method(
+    name="ResizeDevice",
+    parameters=ResizeParameters,
+    reply=ResizeStep,
+    help="Make a device and its image larger. With `more`, one reply for each step.",
+    more=True,
+)
 CLEAR_LATCH = Method(
     name="ClearLatch",
     parameters=DeviceName,
@@ -465,6 +492,7 @@ METHODS: tuple[Method, ...] = (
     SHOW_DEVICE,
     REPLACE_DEVICE,
     RELOAD_DEVICE,
+    RESIZE_DEVICE,
     CLEAR_LATCH,
     STANDBY_SHOW,
     STANDBY_ENTER,

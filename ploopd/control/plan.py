@@ -177,7 +177,7 @@ class ReloadPlan:
         try:
             stack.verify()
             verify_descriptor(files, stack)
-            wanted = (device.gate.size, device.gate.cluster_size)
+            wanted = (device.expected_size(stack.size), device.gate.cluster_size)
             require_geometry(self.subject, (stack.size, stack.cluster_size), wanted)
             require_quiet(stack.top.file.path, stack.top.inode, hung)
             if thorough:
@@ -253,6 +253,7 @@ def requirements(device: Device, target: LayerInfo, options: ReplaceOptions) -> 
     return Requirements(
         format_version=target.version,
         size=device.gate.size if target.level == 0 else target.size,
+        growing_to=device.growing_to if target.level == 0 else None,
         cluster_size=volume.cluster_size,
         raw_format=ImageFormat.RAW if by_descriptor else device.options.open.format,
         writable=target.level == 0 and not volume.read_only,

@@ -19,7 +19,14 @@ import trio
 
 from ploopd.control.candidate import is_conclusive, require_geometry
 from ploopd.control.plan import Plan, ReloadPlan, ReplaceOptions, ReplacePlan, intentions
-from ploopd.control.steps import Deadlines, OnStep, ReplaceReport, Step, StepRecord
+from ploopd.control.steps import (
+    RECOVERY_STEPS,
+    Deadlines,
+    OnStep,
+    ReplaceReport,
+    Step,
+    StepRecord,
+)
 from ploopd.devices import Device, OpenedVolume
 from ploopd.disownable import disownable
 from ploopd.errors import BusyError, ExitCode, PloopError
@@ -69,13 +76,13 @@ async def replace(
     for an image that cannot be used, and `StorageError` or a timeout when the storage does not
     work; the device is in standby then, unless nothing had been touched.
     """
-    _require_idle(device)
+    require_idle(device)
     options = ReplaceOptions(
         force=force, level=level, guid=guid, keep_name=keep_name, keep_descriptor=keep_descriptor
     )
     plan = ReplacePlan(device, image, options)
     limits = deadlines or Deadlines(drain=drain_deadline)
-    return await _Recovery(device, plan, limits, on_step).run(dry_run=dry_run)
+    return await Recovery(device, plan, limits, on_step).run(dry_run=dry_run)
 
 
 async def reload(
@@ -90,12 +97,13 @@ async def reload(
 
     Parameters and errors are those of `replace`.
     """
-    _require_idle(device)
+    require_idle(device)
     plan = ReloadPlan(device)
-    return await _Recovery(device, plan, deadlines or Deadlines(), on_step).run(dry_run=dry_run)
+    return await Recovery(device, plan, deadlines or Deadlines(), on_step).run(dry_run=dry_run)
 
 
-def _require_idle(device: Device) -> None:
+def require_idle(device: Device) -> None:
+    """Raise `BusyError` while another recovery of the device is under way."""
     if device.replacing:
         raise BusyError(
             "the device is being replaced already, or reloaded", field="device", value=device.name
@@ -142,8 +150,8 @@ def clear_latch(device: Device) -> str:
     return str(failure)
 
 
-class _Recovery:
-    """One call of `replace` or `reload`."""
+class Recovery:
+    """One call of `replace` or `reload`, or (a class below this one) of `resize`."""
 
     def __init__(
         self, device: Device, plan: Plan, deadlines: Deadlines, on_step: OnStep | None
@@ -201,9 +209,10 @@ class _Recovery:
     async def _recover(self) -> None:
         device = self.device
         await self._drain_and_close()
+        await self._alter()
         opened = self.opened = await self._open()
         volume, gate = opened.volume, device.gate  # the file may be another one than was looked at
-        geometry = (gate.size, gate.cluster_size)
+        geometry = (device.expected_size(volume.size), gate.cluster_size)
         require_geometry(self.plan.subject, (volume.size, volume.cluster_size), geometry)
         await device.start_volume(opened.volume)
         self._did(Step.OPEN, "; ".join(opened.volume.notes))
@@ -257,6 +266,9 @@ class _Recovery:
         problem = await device.close_volume(device.opened, self.deadlines.close)
         self._did(Step.CLOSE, f"ignored: {problem}" if problem else "")
 
+    async def _alter(self) -> None:
+        """Change the closed files: nothing to do where others take their place."""
+
     async def _open(self) -> OpenedVolume:
         """Open, lock and verify the new files, and mark the top as in use (synced)."""
         plan, device = self.plan, self.device
@@ -296,9 +308,11 @@ class _Recovery:
     def _swap(self, opened: OpenedVolume) -> None:
         """No checkpoint from here on: the rest happens as a whole."""
         device = self.device
-        volume = opened.volume
+        volume, size = opened.volume, device.size
         device.gate.swap(device.under_gate(volume), device.standby_errnos(volume))
         device.install(opened)
+        if device.size != size:
+            device.size_changed(size)
         self.opened = None
         self.plan.adopted(device)
         self._did(Step.SWAP)
@@ -359,7 +373,7 @@ class _Recovery:
 
     def _tell_the_rest(self) -> None:
         told = intentions(self.plan, self.device)
-        for step in Step:
+        for step in RECOVERY_STEPS:
             if step is not Step.CHECK:
                 self._did(step, told.get(step.value, ""), planned=True)
 

@@ -8,18 +8,26 @@ from enum import Enum
 
 
 class Step(Enum):
-    """The steps in their order; the values are what an operator sees."""
+    """The steps in their order; the values are what an operator sees.
+
+    GROW belongs to a resize, RECORD to everything else.
+    """
 
     CHECK = "check"
     STOP = "stop admission"
     DRAIN = "drain"
     CLOSE = "close old"
+    GROW = "grow"
     OPEN = "open new"
     REPLAY = "replay"
     PROBE = "probe"
     RECORD = "record"
     SWAP = "swap"
     RELEASE = "release"
+
+
+RECOVERY_STEPS = tuple(step for step in Step if step is not Step.GROW)
+"""Those of a replace or a reload."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +68,7 @@ class Deadlines:
     check: float = 10.0
     drain: float = 5.0
     close: float = 5.0
+    grow: float = 300.0
     open: float = 60.0
     replay: float = 60.0
     probe: float = 10.0

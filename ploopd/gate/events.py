@@ -34,6 +34,7 @@ class EventKind(Enum):
     CANDIDATE_REFUSED = "candidate-refused"
     RECOVERY_COMMAND = "recovery-command"
     JOURNAL_LOST = "journal-lost"
+    RESIZED = "resized"
 
 
 _LEVELS: Mapping[EventKind, int] = {

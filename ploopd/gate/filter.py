@@ -254,15 +254,15 @@ class Gate:
         self._queue.begin_episode()
         self._rewire()
 
-    async def drain(self, deadline: float) -> bool:
+    async def drain(self, deadline: float, *, disown: bool = True) -> bool:
         """Wait up to `deadline` seconds for requests in execution.
 
-        False: some did not come back and were disowned.  They are parked in their places for
-        another execution, and what they still answer is void.  The caller must abandon the device
-        before the next checkpoint: until then it may touch the buffers of disowned requests.
+        False: some did not come back and were, unless `disown` is False, disowned: parked in their
+        places for another execution, and what they still answer is void.  The caller must abandon
+        the device before the next checkpoint: until then it may touch the buffers of such requests.
         """
         drained = await self._queue.drain(deadline)
-        if not drained:
+        if not drained and disown:
             self.disown()
         return drained
 
@@ -275,11 +275,11 @@ class Gate:
         """Put `device` in the place of the old one; only while recovering.
 
         `standby_errnos`: those of its storage, None if they are the same.  Raises `ValueError` if
-        its size or cluster size differs: the caller has to check.
+        it is smaller or its cluster size differs: the caller has to check.
         """
         if self._state is not GateState.RECOVERING:
             raise ValueError(f"{self.name}: swap while {self._state.value}")
-        if (device.size, device.cluster_size) != (self.size, self.cluster_size):
+        if device.size < self.size or device.cluster_size != self.cluster_size:
             raise ValueError(f"{self.name}: swap to a device of another geometry")
         self._device = self._queue.device = device
         self.lane.put_on(device)

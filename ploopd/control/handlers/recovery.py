@@ -1,14 +1,16 @@
-"""ReplaceDevice, ReloadDevice, ClearLatch."""
+"""ReplaceDevice, ReloadDevice, ResizeDevice, ClearLatch."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import trio
 
 from ploopd.control import messages, recovery
 from ploopd.control.context import ControlContext
+from ploopd.control.resize import ResizeReport, resize
 from ploopd.control.server import Operation, Send
 from ploopd.control.steps import OnStep, ReplaceReport, StepRecord
 from ploopd.devices import Device
@@ -18,6 +20,8 @@ _STEPS = 256
 """Steps that are kept for a client that does not read them."""
 
 Recover = Callable[[OnStep], Awaitable[ReplaceReport]]
+
+Report = TypeVar("Report")
 
 
 def operations(context: ControlContext) -> list[Operation]:
@@ -59,6 +63,22 @@ def operations(context: ControlContext) -> list[Operation]:
         async with context.automation.operator(device):
             return await _with_steps(device, recover, send)
 
+    async def resize_device(
+        parameters: messages.ResizeParameters, send: Send
+    ) -> messages.ResizeStep:
+        device = context.find(parameters.name)
+
+        async def grow(on_step: OnStep) -> ResizeReport:
+            return await resize(device, parameters.size, on_step=on_step)
+
+        began = trio.current_time()
+        async with context.automation.operator(device):
+            report = await _sending_steps(grow, _resize_step, send)
+        elapsed = trio.current_time() - began
+        return messages.ResizeStep(
+            step="done", elapsed=elapsed, size=report.size, previous=report.previous
+        )
+
     async def clear_latch(parameters: messages.DeviceName, _send: Send) -> messages.ClearLatchReply:
         failure = recovery.clear_latch(context.find(parameters.name))
         return messages.ClearLatchReply(failure=failure)
@@ -66,35 +86,15 @@ def operations(context: ControlContext) -> list[Operation]:
     return [
         Operation(method=messages.REPLACE_DEVICE, handler=replace_device, outlives_client=True),
         Operation(method=messages.RELOAD_DEVICE, handler=reload_device, outlives_client=True),
+        Operation(method=messages.RESIZE_DEVICE, handler=resize_device, outlives_client=True),
         Operation(method=messages.CLEAR_LATCH, handler=clear_latch),
     ]
 
 
 async def _with_steps(device: Device, recover: Recover, send: Send) -> messages.ReplaceStep:
     """Recover and send every step when it is done; the reply has the report."""
-    sender, receiver = trio.open_memory_channel[messages.ReplaceStep](_STEPS)
-
-    def on_step(record: StepRecord) -> None:
-        with contextlib.suppress(trio.WouldBlock):
-            sender.send_nowait(_step(record))
-
-    async def forward() -> None:
-        async for step in receiver:
-            await send(step)
-
     began = trio.current_time()
-    report: ReplaceReport | None = None
-    failure: PloopError | None = None
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(forward)
-        with sender:
-            try:
-                report = await recover(on_step)
-            except PloopError as error:
-                failure = error
-    if failure is not None:
-        raise failure
-    assert report is not None
+    report = await _sending_steps(recover, _step, send)
     elapsed = trio.current_time() - began
     return messages.ReplaceStep(
         step="done",
@@ -103,6 +103,41 @@ async def _with_steps(device: Device, recover: Recover, send: Send) -> messages.
         planned=report.dry_run,
         report=_report(device, report, elapsed),
     )
+
+
+async def _sending_steps(
+    work: Callable[[OnStep], Awaitable[Report]],
+    message: Callable[[StepRecord], messages.Message],
+    send: Send,
+) -> Report:
+    """Do `work` and send a message for every step when it is done."""
+    sender, receiver = trio.open_memory_channel[messages.Message](_STEPS)
+
+    def on_step(record: StepRecord) -> None:
+        with contextlib.suppress(trio.WouldBlock):
+            sender.send_nowait(message(record))
+
+    async def forward() -> None:
+        async for step in receiver:
+            await send(step)
+
+    report: Report | None = None
+    failure: PloopError | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(forward)
+        with sender:
+            try:
+                report = await work(on_step)
+            except PloopError as error:
+                failure = error
+    if failure is not None:
+        raise failure
+    assert report is not None
+    return report
+
+
+def _resize_step(record: StepRecord) -> messages.ResizeStep:
+    return messages.ResizeStep(step=record.step.value, elapsed=record.elapsed, detail=record.detail)
 
 
 def _step(record: StepRecord) -> messages.ReplaceStep:

@@ -242,6 +242,22 @@ async def test_a_reload_and_a_dry_run_tell_their_steps_and_end_with_a_report(
 
 
 @pytest.mark.trio
+async def test_a_resize_tells_its_steps_and_both_sizes(tmp_path: Path) -> None:
+    async with running(tmp_path) as daemon:
+        (device,) = daemon.devices
+        before = device.size
+        parameters = messages.ResizeParameters(name="disk", size=2 * before)
+        reply = await daemon.call("ResizeDevice", parameters)
+        assert isinstance(reply, messages.ResizeStep)
+        assert (reply.size, reply.previous) == (2 * before, before)
+        sent = [each for each in daemon.steps if isinstance(each, messages.ResizeStep)]
+        assert [each.step for each in sent if each.detail] == ["grow"]
+        assert str(2 * before) in next(each.detail for each in sent if each.detail)
+        with pytest.raises(UsageError):
+            await daemon.call("ResizeDevice", messages.ResizeParameters(name="disk", size=before))
+
+
+@pytest.mark.trio
 async def test_the_latch_is_told_and_cleared(tmp_path: Path) -> None:
     async with running(tmp_path) as daemon:
         with pytest.raises(BusyError, match="not latched"):

@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from ploopd.control.recovery import Step, clear_latch, reload, replace
+from ploopd.control.steps import RECOVERY_STEPS
 from ploopd.devices import DeviceOptions
 from ploopd.errors import (
     BusyError,
@@ -58,7 +59,7 @@ async def test_standby_is_cleared_and_parked_requests_are_executed(
             assert device.gate.standby_text == "on"
             faulty.clear()
             report = await reload(device)
-        assert [each.step for each in report.steps] == list(Step)
+        assert [each.step for each in report.steps] == list(RECOVERY_STEPS)
         assert (report.image, report.level) == (str(path), None)
         assert await read(device, 4096, 4096) == b"b" * 4096
         assert device.identity == identity == device.volume.identity

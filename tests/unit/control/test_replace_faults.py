@@ -15,6 +15,7 @@ from ploopd.control.recovery import (
     leave_standby,
     replace,
 )
+from ploopd.control.steps import RECOVERY_STEPS
 from ploopd.errors import (
     BusyError,
     PloopError,
@@ -71,7 +72,7 @@ async def test_a_fault_under_load_is_survived_by_a_replace_with_a_copy(
             before = load.operations
             copy = await trio.to_thread.run_sync(copy_of, path)
             report = await replace(device, str(copy), force=True)
-            assert [each.step for each in report.steps] == list(Step)
+            assert [each.step for each in report.steps] == list(RECOVERY_STEPS)
             with trio.fail_after(20):
                 while load.operations < before + 200:  # noqa: ASYNC110
                     await trio.sleep(0.005)

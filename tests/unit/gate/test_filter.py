@@ -523,7 +523,9 @@ def test_swap_is_refused_outside_recovery_and_for_another_geometry() -> None:
         bench.gate.swap(MemoryDevice(SIZE))
     bench.gate.begin_recovery()
     with pytest.raises(ValueError, match="geometry"):
-        bench.gate.swap(MemoryDevice(SIZE * 2))
+        bench.gate.swap(MemoryDevice(SIZE // 2))
+    bench.gate.swap(MemoryDevice(SIZE * 2))
+    assert bench.gate.size == SIZE * 2
 
 
 @pytest.mark.trio

@@ -299,7 +299,8 @@ def test_another_disks_descriptor_is_refused(tmp_path: Path) -> None:
 
 def test_a_top_that_the_descriptor_does_not_name_is_refused(tmp_path: Path) -> None:
     make_chain(tmp_path, SIZE, {}, {})
-    copy = shutil.copy(tmp_path / "top.hds", tmp_path / "copy.hds")
+    copy = str(tmp_path / "copy.hds")
+    shutil.copy(tmp_path / "top.hds", copy)
     with pytest.raises(UsageError, match="keep-descriptor"):
         grow_image(tmp_path, LARGE, substitutes={images.TOP_GUID: copy})
     assert header_of(tmp_path / "top.hds").size == SIZE
