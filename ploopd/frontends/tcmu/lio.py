@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import itertools
 import os
 import re
 import warnings
@@ -145,11 +146,9 @@ class Lio:
         """`TARGET/LUN` of each backstore's path.  rtslib would look at all LUNs for each one."""
         luns: dict[str, list[str]] = {}
         with self._errors("the kernel's LUNs cannot be listed"):
-            for lun in sorted(Path(self._root.path).glob("*/*/tpgt_*/lun/lun_*")):
-                name = f"{lun.parts[-4]}/{lun.name.removeprefix('lun_')}"
-                for link in lun.iterdir():
-                    if link.is_symlink():
-                        luns.setdefault(os.path.realpath(link), []).append(name)
+            for group in sorted(Path(self._root.path).glob("*/*/tpgt_*/lun")):
+                for lun, path in sorted(_linked(group).items()):
+                    luns.setdefault(path, []).append(f"{group.parts[-3]}/{lun}")
         return luns
 
     def create_backstore(self, request: ExportRequest) -> bool:
@@ -187,22 +186,22 @@ class Lio:
     def _ours(self) -> list[UserBackedStorageObject]:
         self._root.invalidate_caches()
         with self._errors("the kernel's backstores cannot be listed"):
-            return [
-                each
-                for each in self._root.storage_objects
-                if each.plugin == "user" and (each.config or "").startswith(f"{SUBTYPE}/")
-            ]
+            return [each for each in self._root.storage_objects if _is_ours(each)]
 
     def _find(self, name: str) -> Any | None:
+        """The backstore called so, whoever made it.  rtslib would make an object of each one that
+        there is, of which a machine may have hundreds."""
         self._root.invalidate_caches()
-        for each in self._root.storage_objects:
-            if each.name == name:
-                return each
+        for adapter in Path(self._root.path, "core").glob("*_[0-9]*"):
+            path = adapter / name
+            if path.is_dir():
+                return self._rtslib.tcm.StorageObject.so_from_path(str(path))
         return None
 
     def _ours_by_name(self, name: str) -> UserBackedStorageObject:
-        for each in self._ours():
-            if each.name == name:
+        with self._errors("the kernel's backstores cannot be listed"):
+            each: UserBackedStorageObject | None = self._find(name)
+            if each is not None and _is_ours(each):
                 return each
         names = ", ".join(each.name for each in self._ours()) or "none"
         raise NotFoundError(
@@ -257,18 +256,20 @@ class Lio:
         return target, tpg
 
     def _lun(self, request: ExportRequest, tpg: TPG, undo: ExitStack) -> LUN:
-        taken = {lun.lun: lun for lun in tpg.luns}
-        for lun in taken.values():
-            if lun.storage_object.name == request.backstore:
+        taken = _linked(Path(tpg.path, "lun"))
+        for number, path in taken.items():
+            if os.path.basename(path) == request.backstore:
                 raise BusyError(
                     "the device is a LUN of that target already",
                     field="LUN",
-                    value=f"{request.iqn}/{lun.lun}",
+                    value=f"{request.iqn}/{number}",
                 )
         if request.lun in taken:
             raise BusyError("that LUN is taken", field="LUN", value=f"{request.iqn}/{request.lun}")
         backstore = self._ours_by_name(request.backstore)
-        lun = self._rtslib.LUN(tpg, request.lun, storage_object=backstore)
+        free = next(each for each in itertools.count() if each not in taken)
+        wanted = free if request.lun is None else request.lun
+        lun = self._rtslib.LUN(tpg, wanted, storage_object=backstore)
         undo.callback(self._quietly, lun.delete)
         return lun
 
@@ -324,7 +325,9 @@ class Lio:
                 return
             for tpg in target.tpgs:
                 self._unexport_from(tpg, exported)
-            if "target" in exported.made and not any(list(tpg.luns) for tpg in target.tpgs):
+            if "target" in exported.made and not any(
+                _linked(Path(tpg.path, "lun")) for tpg in target.tpgs
+            ):
                 target.delete()
 
     def _target(self, iqn: str) -> Target | None:
@@ -333,11 +336,10 @@ class Lio:
             return None
         return next((each for each in fabric.targets if each.wwn == iqn), None)
 
-    @staticmethod
-    def _unexport_from(tpg: TPG, exported: Exported) -> None:
-        for lun in tpg.luns:
-            if lun.lun == exported.lun and lun.storage_object.name == exported.backstore:
-                lun.delete()  # and its mappings
+    def _unexport_from(self, tpg: TPG, exported: Exported) -> None:
+        path = _linked(Path(tpg.path, "lun")).get(exported.lun, "")
+        if os.path.basename(path) == exported.backstore:
+            self._rtslib.LUN(tpg, exported.lun).delete()  # and its mappings
         for acl in list(tpg.node_acls):
             if f"acl {acl.node_wwn}" in exported.made and not list(acl.mapped_luns):
                 acl.delete()
@@ -363,6 +365,21 @@ class Lio:
             raise _translated(what, error) from error
         except OSError as error:
             raise _translated(what, error) from error
+
+
+def _linked(directory: Path) -> dict[int, str]:
+    """The LUNs in the `lun` directory of a portal group: the path of each one's backstore, empty
+    if it has lost it.  One link is one system call here: a target may have hundreds of LUNs."""
+    found: dict[int, str] = {}
+    for lun in os.scandir(directory):
+        links = [each.path for each in os.scandir(lun.path) if each.is_symlink()]
+        paths = [os.path.join(lun.path, os.readlink(link)) for link in links]
+        found[int(lun.name.removeprefix("lun_"))] = os.path.normpath(paths[0]) if paths else ""
+    return found
+
+
+def _is_ours(backstore: Any) -> bool:
+    return backstore.plugin == "user" and (backstore.config or "").startswith(f"{SUBTYPE}/")
 
 
 def _translated(what: str, error: Exception) -> PloopError:
