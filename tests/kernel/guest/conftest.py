@@ -124,8 +124,10 @@ def lio() -> None:
 
 @pytest.fixture
 def kernel(lio: None) -> Iterator[None]:
-    """The kernel's target, empty, and nothing of it left afterwards."""
+    """The kernel's target, empty, and nothing of it left afterwards, nor of who used it."""
     yield
+    if any(Path("/sys/class/iscsi_session").glob("session*")):  # of a test that has failed
+        sh("iscsiadm", "-m", "node", "--logoutall=all", check=False)
     kernel_target.clear()
     kernel_target.assert_nothing_is_stuck()
 

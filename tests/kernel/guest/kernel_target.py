@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shutil
+import subprocess
 import time
 from pathlib import Path
+from types import TracebackType
 
 import pytest
 
+from ploopd.cli.errors import run_to_code
+from ploopd.cli.ploopctl import cli as ploopctl
 from tests.kernel.guest.run import sh, wait_until
 from tests.support.serve import ServeProcess
 
@@ -37,21 +43,95 @@ def start_kernel_target() -> None:
     sh("modprobe", "-a", *MODULES)
 
 
-def serve(*images: Path, directory: Path, options: tuple[str, ...] = ()) -> ServeProcess:
+class Served(ServeProcess):
+    """A daemon whose `ploopctl` runs in this process: to start Python costs thousands of page
+    faults, and each of them several system calls of the host."""
+
+    def ctl(
+        self, *arguments: str, timeout: float = 30.0, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        words = ["--control", str(self.control), *arguments]
+        files = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
+        with contextlib.redirect_stdout(files[0]), contextlib.redirect_stderr(files[1]):
+            code = run_to_code("ploopctl", ploopctl, words)
+        stdout, stderr = (file.buffer.getvalue().decode() for file in files)
+        if check and code:
+            raise AssertionError(
+                f"ploopctl {' '.join(arguments)} ended with {code}: {stderr.strip()}\n"
+                f"ploopd wrote: {self.stderr[-2000:]}"
+            )
+        return subprocess.CompletedProcess(words, code, stdout, stderr)
+
+    def ctl_as_a_program(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return super().ctl(*arguments)
+
+
+def serve(*images: Path, directory: Path, options: tuple[str, ...] = ()) -> Served:
     """A daemon that is the handler of user:ploop; the kernel's target has port 3260."""
-    return ServeProcess(*images, directory=directory, options=("--lio", "on", *options))
+    return Served(*images, directory=directory, options=("--lio", "on", *options))
 
 
 def targetcli(*words: str, check: bool = True) -> str:
     """One command of Debian's targetcli; it exits with 0 even where it says that it failed."""
-    text = sh("targetcli", *words, check=check, timeout=60)
+    return _plain(sh("targetcli", *words, check=check, timeout=60))
+
+
+def _plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+class TargetcliShell:
+    """One targetcli that is typed into: for many commands in a row, since its start is slow here.
+
+    It keeps the other ones out as long as it lives.  It does not come to the end where it would
+    save the configuration.
+    """
+
+    PROMPT = "/> "
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            ["targetcli"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+        )
+
+    def __enter__(self) -> TargetcliShell:
+        self._answer()
+        return self
+
+    def __call__(self, *words: str) -> str:
+        """What it says to a command."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{' '.join(words)}\n".encode())
+        return self._answer()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        text = b""
+        while not text.endswith(self.PROMPT.encode()):
+            more = os.read(self._process.stdout.fileno(), 65536)
+            assert more, f"targetcli has ended: {text.decode()}"
+            text += more
+        return _plain(text.decode().removesuffix(self.PROMPT))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._process as process:
+            process.kill()
 
 
 def loop_disk(backstore: str, wwn: str = "naa.5001405000000001") -> Path:
     """Link a backstore into tcm_loop: a disk of this machine without iSCSI."""
-    targetcli("/loopback", "create", wwn)
-    targetcli(f"/loopback/{wwn}/luns", "create", f"/backstores/user:ploop/{backstore}")
+    with TargetcliShell() as shell:
+        shell("/loopback", "create", wwn)
+        shell(f"/loopback/{wwn}/luns", "create", f"/backstores/user:ploop/{backstore}")
     return wait_for_loop_disk()
 
 
@@ -81,9 +161,17 @@ def targets() -> list[str]:
     return sorted(each.name for each in iscsi.glob("iqn.*")) if iscsi.is_dir() else []
 
 
+def is_empty() -> bool:
+    """Whether the kernel has neither a backstore nor a target of any fabric."""
+    configured = [each for each in CONFIGFS.glob("*/*") if each.is_dir()]
+    own = {"alua", "discovery_auth"}
+    return all(each.name in own for each in configured)
+
+
 def clear() -> None:
     """Take everything away that a test has left in the kernel."""
-    sh("/usr/bin/targetctl", "clear", timeout=60)
+    if not is_empty():
+        sh("/usr/bin/targetctl", "clear", timeout=60)
     SAVED.unlink(missing_ok=True)
     MEMORY.unlink(missing_ok=True)
 

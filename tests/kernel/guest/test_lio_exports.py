@@ -14,7 +14,13 @@ from ploopd.errors import BusyError, PloopError
 from ploopd.frontends.tcmu.lio import Chap, ExportRequest, Lio
 from tests.kernel.guest import kernel_target
 from tests.kernel.guest.conftest import INITIATOR_NAME, OpenIscsi
-from tests.kernel.guest.kernel_target import backstores, targetcli, targets
+from tests.kernel.guest.kernel_target import (
+    Served,
+    TargetcliShell,
+    backstores,
+    targetcli,
+    targets,
+)
 from tests.kernel.guest.run import sh, wait_until
 from tests.support import images
 from tests.support.images import MIB
@@ -38,15 +44,16 @@ def directory(lio: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def daemon(bus: None, directory: Path) -> Iterator[ServeProcess]:
+def daemon(bus: None, directory: Path) -> Iterator[Served]:
     disks = [images.write_delta(directory / f"{name}.hds", 64 * MIB, {}) for name in ("web", "db")]
-    with kernel_target.serve(*disks, directory=directory) as daemon:
+    daemon = kernel_target.serve(*disks, directory=directory)
+    with daemon:
         yield daemon
         assert daemon.stop() == 0, daemon.stderr
 
 
 @pytest.fixture
-def server(kernel: None, daemon: ServeProcess) -> ServeProcess:
+def server(kernel: None, daemon: Served) -> Served:
     return daemon
 
 
@@ -58,14 +65,13 @@ def refused(server: ServeProcess, *words: str) -> tuple[int, str]:
     return result.returncode, result.stderr
 
 
-def test_an_export_takes_a_second_and_leaves_nothing(
-    server: ServeProcess, initiator: OpenIscsi
-) -> None:
+def test_an_export_takes_a_second_and_leaves_nothing(server: Served, initiator: OpenIscsi) -> None:
     seconds = []
     for _ in range(3):  # the machine may have something else to do
         begin = time.monotonic()
-        assert server.ctl("lio", "export", "web", "--iqn", IQN).stdout == f"{URL}\n"
+        exported = server.ctl_as_a_program("lio", "export", "web", "--iqn", IQN)
         seconds.append(time.monotonic() - begin)
+        assert exported.stdout == f"{URL}\n"
         server.ctl("lio", "unexport", "web")
         assert (backstores(), targets()) == ([], [])
     assert min(seconds) <= 1.0, seconds
@@ -74,7 +80,7 @@ def test_an_export_takes_a_second_and_leaves_nothing(
     disk = initiator.login(URL)
     assert sh("blockdev", "--getsize64", disk).strip() == str(64 * MIB)
     rows = server.ctl("lio", "list").stdout.split("\n")
-    assert rows[1].split() == ["web", "64", "MiB", "web", f"{IQN}/0", "127.0.0.1:3260"]
+    assert rows[1].split() == ["web", "64", "MiB", "web", f"{IQN}/0", "127.0.0.1:3260", "-"]
     initiator.logout(URL)
     server.ctl("lio", "unexport", "web", "--iqn", IQN)
     assert server.ctl_json("lio", "list") == {"exports": [], "backstores": []}
@@ -136,9 +142,10 @@ def test_two_devices_share_a_target(server: ServeProcess, initiator: OpenIscsi) 
 def test_somebody_elses_target_is_used_and_left_alone(
     server: ServeProcess, initiator: OpenIscsi, directory: Path
 ) -> None:
-    targetcli("/backstores/fileio", "create", "theirs", str(directory / "theirs"), "8M")
-    targetcli("/iscsi", "create", IQN)
-    targetcli(f"/iscsi/{IQN}/tpg1/luns", "create", "/backstores/fileio/theirs")
+    with TargetcliShell() as shell:
+        shell("/backstores/fileio", "create", "theirs", str(directory / "theirs"), "8M")
+        shell("/iscsi", "create", IQN)
+        shell(f"/iscsi/{IQN}/tpg1/luns", "create", "/backstores/fileio/theirs")
     assert "lets no initiator in" in refused(server, "export", "web", "--iqn", IQN)[1]
     secrets = directory / "theirs.toml"
     secrets.write_text(CHAP)

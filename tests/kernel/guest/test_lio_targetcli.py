@@ -13,7 +13,14 @@ import pytest
 
 from tests.kernel.guest import kernel_target
 from tests.kernel.guest.conftest import OpenIscsi
-from tests.kernel.guest.kernel_target import CONFIGFS, SAVED, backstores, targetcli, targets
+from tests.kernel.guest.kernel_target import (
+    CONFIGFS,
+    SAVED,
+    TargetcliShell,
+    backstores,
+    targetcli,
+    targets,
+)
 from tests.kernel.guest.run import sh, wait_until
 from tests.support import images, oracles
 from tests.support.images import MIB
@@ -45,22 +52,27 @@ def server(kernel: None, daemon: ServeProcess) -> ServeProcess:
     return daemon
 
 
-def create(name: str, config: object, size: str = "64M", *more: str, check: bool = True) -> str:
-    words = (f"name={name}", f"size={size}", f"cfgstring={config}", *more)
-    return targetcli(PLOOP, "create", *words, check=check)
+def creation(name: str, config: object, size: str = "64M") -> tuple[str, ...]:
+    """The words for a new backstore."""
+    return (PLOOP, "create", f"name={name}", f"size={size}", f"cfgstring={config}")
+
+
+def create(name: str, config: object, size: str = "64M", *, check: bool = True) -> str:
+    return targetcli(*creation(name, config, size), check=check)
 
 
 def export(name: str, iqn: str = IQN) -> None:
     """A target for everybody on 127.0.0.1, as an administrator would make it."""
-    targetcli("/iscsi", "create", iqn)
-    for key, value in {
-        "generate_node_acls": 1,
-        "demo_mode_write_protect": 0,
-        "cache_dynamic_acls": 1,
-        "authentication": 0,
-    }.items():
-        targetcli(f"/iscsi/{iqn}/tpg1", "set", "attribute", f"{key}={value}")
-    targetcli(f"/iscsi/{iqn}/tpg1/luns", "create", f"{PLOOP}/{name}")
+    with TargetcliShell() as shell:
+        shell("/iscsi", "create", iqn)
+        for key, value in {
+            "generate_node_acls": 1,
+            "demo_mode_write_protect": 0,
+            "cache_dynamic_acls": 1,
+            "authentication": 0,
+        }.items():
+            shell(f"/iscsi/{iqn}/tpg1", "set", "attribute", f"{key}={value}")
+        shell(f"/iscsi/{iqn}/tpg1/luns", "create", f"{PLOOP}/{name}")
 
 
 def until_attached(server: ServeProcess, name: str) -> None:
@@ -79,8 +91,9 @@ def attribute(name: str, key: str) -> str:
 
 
 def test_a_device_is_created_shown_and_deleted(server: ServeProcess) -> None:
-    assert "user:ploop" in targetcli("ls", "/", "2")
-    assert "absolute path" in targetcli(PLOOP, "help", "create")
+    with TargetcliShell() as shell:
+        assert "user:ploop" in shell("ls", "/", "2")
+        assert "absolute path" in shell(PLOOP, "help", "create")
     assert "Created user-backed storage object web" in create("web", "web")
     until_attached(server, "web")
     assert "web (64.0MiB)" in targetcli(PLOOP, "ls")
@@ -129,32 +142,31 @@ def test_a_chain_by_its_path(server: ServeProcess, scratch: Path, mountpoint: Pa
     assert oracles.digest(plain / "base.hds") == before
 
 
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        ("mail", "there are: web"),
-        ("/nowhere/disk.hds", "/nowhere/disk.hds"),
-        ("/scratch/../scratch/disk.hds", "has `..` in its path"),
-        ("disk:1", "has the character ':'"),
-        ("/vz/a%zz", "two hexadecimal digits"),
-        ("vz/disk.hds", "neither a device's name nor an absolute path"),
-        ("/etc/hostname", "/etc/hostname"),
-        ("/dev/null", "/dev/null"),
-        ("/" + "x" * 300, "is longer than 255 bytes"),
-    ],
-)
-def test_a_bad_cfgstring_is_refused_with_a_reason(
-    server: ServeProcess, config: str, reason: str
-) -> None:
-    answer = create("bad", config, check=False)
-    assert "cfgstring invalid" in answer
-    assert reason in answer
-    assert backstores() == []
+def test_a_bad_cfgstring_is_refused_with_a_reason(server: ServeProcess) -> None:
+    with TargetcliShell() as shell:
+        for config, reason in [
+            ("mail", "there are: web"),
+            ("/nowhere/disk.hds", "/nowhere/disk.hds"),
+            ("/scratch/../scratch/disk.hds", "has `..` in its path"),
+            ("disk:1", "has the character ':'"),
+            ("/vz/a%zz", "two hexadecimal digits"),
+            ("vz/disk.hds", "neither a device's name nor an absolute path"),
+            ("/etc/hostname", "/etc/hostname"),
+            ("/dev/null", "/dev/null"),
+            ("/" + "x" * 300, "is longer than 255 bytes"),
+        ]:
+            answer = shell(*creation("bad", config))
+            assert "cfgstring invalid" in answer, config
+            assert reason in answer
+            assert backstores() == []
 
 
-@pytest.mark.parametrize("config", ["/vz/a b", "/vz/a,b", "/vz/a\nb"])
-def test_what_targetcli_does_not_pass_on_makes_nothing(server: ServeProcess, config: str) -> None:
-    assert "Created" not in create("bad", config, check=False)
+def test_what_targetcli_does_not_pass_on_makes_nothing(server: ServeProcess) -> None:
+    with TargetcliShell() as shell:
+        for config in ("/vz/a b", "/vz/a,b"):
+            assert "Created" not in shell(*creation("bad", config))
+            assert backstores() == []
+    assert "Created" not in create("bad", "/vz/a\nb", check=False)  # two lines for the shell
     assert backstores() == []
 
 
@@ -245,15 +257,16 @@ def test_changemedium_replaces_the_image(server: ServeProcess, scratch: Path) ->
     create("medium", old, "16M")
     until_attached(server, "medium")
     disk = kernel_target.loop_disk("medium")
-    for size, config, reason in [
-        ("16M", "/nowhere", "/nowhere"),
-        ("32M", new, "keeps its size"),
-        ("16M", "web", "a medium is an image's path"),
-    ]:
-        words = ("name=medium", f"size={size}", f"cfgstring={config}")
-        answer = targetcli(PLOOP, "changemedium", *words, check=False)
-        assert "ChangeMedium failed" in answer
-        assert reason in answer
+    with TargetcliShell() as shell:
+        for size, config, reason in [
+            ("16M", "/nowhere", "/nowhere"),
+            ("32M", new, "keeps its size"),
+            ("16M", "web", "a medium is an image's path"),
+        ]:
+            words = ("name=medium", f"size={size}", f"cfgstring={config}")
+            answer = shell(PLOOP, "changemedium", *words)
+            assert "ChangeMedium failed" in answer
+            assert reason in answer
     assert disk.open("rb").read(1) == b"\x01"
     words = ("name=medium", "size=16M", f"cfgstring={new}")
     assert "Medium Changed" in targetcli(PLOOP, "changemedium", *words)
