@@ -73,7 +73,8 @@ class Attachment:
     `check`, and `start` once the kernel has made the device, raise a PloopError when that cannot
     be; then `serve` runs until the kernel removes it, `stop` or cancellation.  `ended` is set when
     nothing of it is open any more, `settled` when none of its commands is in execution any more,
-    either.  `alone` says whether no other device is served.
+    either.  `alone` says whether no other device is served, `new` whether nobody has ever opened
+    the kernel's.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Attachment:
         self.ended = trio.Event()
         self.settled = trio.Event()
         self.alone = _always
+        self.new = _never
         self._kernel = kernel
         self._notes = notes
         self._limiter = limiter
@@ -163,7 +165,8 @@ class Attachment:
     async def _take_over(self) -> None:
         left = await self._in_thread(partial(self._notes.take, self.uio))
         ring = self._open_ring()
-        reset = ring is None or (ring.waiting and ring.tail != left)
+        untouched = ring is not None and ring.tail == 0 and self.new()
+        reset = ring is None or (ring.waiting and ring.tail != left and not untouched)
         if reset:
             # Whoever served it ended without a note: the kernel answers what is in the ring BUSY,
             # and nothing new comes in meanwhile.  The old process is gone, or we could not open.
@@ -351,3 +354,7 @@ class Attachment:
 
 def _always() -> bool:
     return True
+
+
+def _never() -> bool:
+    return False

@@ -92,6 +92,7 @@ class TcmuServer:
         self._started: dict[UioDevice, trio.Event] = {}
         self._failures: dict[UioDevice, PloopError] = {}
         self._waiting: set[UioDevice] = set()
+        self._new: set[UioDevice] = set()
         self._gone: set[UioDevice] = set()
         self._wake = trio.Event()
         self._changed = trio.Event()
@@ -206,11 +207,14 @@ class TcmuServer:
         try:
             attachment = Attachment(self._kernel, uio, device, self._notes, self._limiter)
             attachment.alone = lambda: len(self.attached) == 1
+            attachment.new = lambda: uio in self._new
             if not await attachment.check():
+                self._new.add(uio)
                 self._started[uio].set()  # the kernel may be waiting for our yes
                 if not await self._until_made(uio):
                     return
             await attachment.start()
+            self._new.discard(uio)
             self.attached[uio.name.backstore] = attachment
             self._failures.pop(uio, None)
             self._started[uio].set()
@@ -318,6 +322,10 @@ class TcmuServer:
         if name is None or name.subtype != "ploop":
             return
         uio = UioDevice(minor=event.minor, name=name)
+        if event.kind is netlink.EventKind.ADDED:
+            self._new.add(uio)
+        elif event.kind is netlink.EventKind.REMOVED:
+            self._new.discard(uio)
         handle: dict[netlink.EventKind, Callable[[UioDevice, netlink.Event], Awaitable[None]]] = {
             netlink.EventKind.ADDED: self._added,
             netlink.EventKind.REMOVED: self._removed,

@@ -23,6 +23,23 @@ async def test_it_is_opened_when_it_is_made(rig: Rig, clock: trio.testing.MockCl
     await rig.until(lambda: rig.disk.bound)
 
 
+async def test_commands_that_were_there_before_us_are_executed(
+    rig: Rig, clock: trio.testing.MockClock
+) -> None:
+    """A LUN is linked as soon as the backstore is made, and asked who it is.  There is no handler
+    before us whose commands would have to be repeated."""
+    fake = rig.machine.add(1)
+    rig.machine.set(1, "enable", 0)
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.machine.value(1, "attrib/cmd_time_out") == "0")
+    fake.command(READ, expect=512)
+    rig.machine.set(1, "enable", 1)
+    await rig.until(fake.harvest)
+    assert fake.answers[0].status == 0
+    assert rig.machine.value(1, "action/reset_ring") == ""
+    assert len(rig.machine.files) == 1
+
+
 async def test_one_that_is_taken_back_is_never_opened(
     rig: Rig, clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -43,7 +60,7 @@ async def test_one_that_is_refused_is_not_opened_either(
     rig: Rig, clock: trio.testing.MockClock
 ) -> None:
     """Commands are answered for a disk that cannot be had, when the device is made."""
-    fake = rig.machine.add(1, size=SIZE * 2)
+    fake = rig.machine.add(1, size=SIZE // 2)
     rig.machine.set(1, "enable", 0)
     await rig.nursery.start(rig.server.serve)
     await rig.until(lambda: rig.server.failure("b1"))
