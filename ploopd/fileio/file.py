@@ -31,8 +31,9 @@ from ploopd.fileio.opening import Opened, close_quietly, open_file
 from ploopd.fileio.operation_queue import OperationQueue
 from ploopd.fileio.operations import Done, SpaceChange, Sync, Transfer
 from ploopd.fileio.oslayer import REAL, OsLayer
-from ploopd.fileio.policy import CacheMode, Policy, may_stall
+from ploopd.fileio.policy import CacheMode, Policy, in_memory, may_stall
 from ploopd.fileio.ring_engine import RingEngine
+from ploopd.fileio.view import FileView, TryView, no_view
 from ploopd.fileio.waiting import wait_for
 
 __all__ = ["CacheMode", "Done", "File", "Policy"]
@@ -69,6 +70,7 @@ class File:
         self._queue = OperationQueue(self.path, self._backend, buffers)
         self._inline = _inline(opened)
         self._lane = _lane(opened, engine, self._backend)
+        self._view = _view(opened)
         self._closed = False
         self.try_read: Callable[[memoryview, int], bool] = self._inline.try_read
         """`try_read(buffer, offset)`: fill `buffer` now and return True, or return False: then use
@@ -76,6 +78,8 @@ class File:
         self.try_write: Callable[[memoryview, int], bool] = self._inline.try_write
         """`try_write(buffer, offset)`: write all of `buffer` now and return True, or return False:
         then use `write`, with all of it."""
+        self.try_view: TryView = no_view if self._view is None else self._view.try_view
+        """`try_view(offset, length)`: see `FileView.try_view`."""
         self.begin: Begin = no_lane if self._lane is None else self._lane.begin
         """`begin(operation, host)`: see `FileLane.begin`."""
 
@@ -330,6 +334,8 @@ class File:
         """No call reaches the descriptors from now on; returns them."""
         descriptors = [self.fd] if self._direct_fd is None else [self._direct_fd, self.fd]
         self._closed = True
+        if self._view is not None:
+            self._view.close()
         self.begin = no_lane
         self._direct_fd = None
         self.fd = self._inline.fd = -1
@@ -361,6 +367,12 @@ def _lane(opened: Opened, engine: IoEngine | None, backend: Backend) -> FileLane
     if opened.policy is Policy.INLINE or not isinstance(engine, RingEngine):
         return None
     return FileLane(engine, backend) if isinstance(backend, EngineBackend) else None
+
+
+def _view(opened: Opened) -> FileView | None:
+    if opened.policy is not Policy.INLINE or opened.layer is not REAL:
+        return None
+    return FileView(opened.fd, opened.layer) if in_memory(opened.filesystem) else None
 
 
 def _nothing() -> None:

@@ -12,6 +12,7 @@ import errno
 from collections.abc import Callable, Collection, Iterator
 
 from ploopd.errors import HARMLESS_ERRNOS, NO_ROOM, StorageError, UsageError
+from ploopd.fileio.view import no_view
 from ploopd.gate.errnos import STANDBY_ERRNOS, checked_errnos
 from ploopd.gate.events import Event, EventKind, Subscriber
 from ploopd.gate.lane import GateLane
@@ -20,7 +21,7 @@ from ploopd.gate.parking import Op, Request
 from ploopd.gate.queue import RequestQueue
 from ploopd.gate.room import Room
 from ploopd.gate.state import GateEvent, GateState, advance
-from ploopd.storage.device import BlockDevice, Done, Extent
+from ploopd.storage.device import BlockDevice, Done, Extent, views_of
 from scst_shim import QueueFlags, StandbyState
 
 TryNow = Callable[[int, memoryview], bool]
@@ -55,6 +56,7 @@ class Gate:
         "_state",
         "_touched",
         "_users",
+        "_view_now",
         "_write_now",
         "flags",
         "lane",
@@ -176,6 +178,9 @@ class Gate:
             if self.judge(error):
                 return False
             raise
+
+    def try_view(self, offset: int, length: int) -> memoryview | None:
+        return self._view_now(offset, length)
 
     def try_write(self, offset: int, buffer: memoryview) -> bool:
         try:
@@ -315,11 +320,12 @@ class Gate:
         """
         resume = untouched and self._began_active and not self._touched and not self._faulted
         self._state = advance(self._state, GateEvent.RESUME if resume else GateEvent.FAIL)
-        self.report(EventKind.REPLACE_FAILED, error=_text(error), state=self._state.value)
+        text = str(error) or type(error).__name__
+        self.report(EventKind.REPLACE_FAILED, error=text, state=self._state.value)
         if resume:
             self._open()
             return
-        self._cause = self._cause or _text(error)
+        self._cause = self._cause or text
         if not self.flags.set_standby() and not self.flags.supported:
             self._queue.fail_parked(self._no_storage)
 
@@ -357,6 +363,7 @@ class Gate:
         through = self._state is GateState.ACTIVE and not self._queue.releasing
         writable = through and self._latch is None
         self._read_now = self._device.try_read if through else _not_now
+        self._view_now = views_of(self._device) if through and self._latch is None else no_view
         room = self._room
         watched = room.failure is not None
         write_now = room.try_write(self._device) if watched else self._device.try_write
@@ -491,7 +498,3 @@ class Gate:
             self._queue.fail_parked(self._no_storage)
         else:
             self.flags.set_standby()
-
-
-def _text(error: BaseException) -> str:
-    return str(error) or type(error).__name__

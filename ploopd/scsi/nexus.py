@@ -17,7 +17,7 @@ from ploopd.scsi.sense import CheckCondition
 from ploopd.scsi.task import Status, Task
 from ploopd.scsi.task_management import TaskFunction, TmfResult, abort_all, manage
 from ploopd.scsi.unit_attention import UnitAttention, UnitAttentions
-from ploopd.storage.device import BlockDevice
+from ploopd.storage.device import BlockDevice, views_of
 from ploopd.storage.lane import LaneRequest
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class ItlNexus:
         "_attentions",
         "_blocks",
         "_device_read",
+        "_device_view",
         "_device_write",
         "_quick_read",
         "_quick_write",
@@ -72,6 +73,7 @@ class ItlNexus:
         self._attentions = UnitAttentions()
         device: BlockDevice = unit.device
         self._device_read = device.try_read
+        self._device_view = views_of(device)
         self._device_write = device.try_write
         self.lane = unit.lane
         self._blocks = unit.blocks
@@ -178,6 +180,24 @@ class ItlNexus:
         stats.reads += 1
         stats.read_bytes += len(view)
         return True
+
+    def try_view(self, offset: int, length: int) -> memoryview | None:
+        """The bytes to be sent now, before anything else is executed, or None: then `try_read`.
+
+        Whoever has a view and cannot send it at once reads instead, by `read_viewed`."""
+        view = self._device_view(offset, length)
+        if view is not None:
+            stats = self.stats
+            stats.reads += 1
+            stats.read_bytes += length
+        return view
+
+    def read_viewed(self, offset: int, view: memoryview) -> bool:
+        """`try_read` of bytes that are counted already."""
+        try:
+            return self._device_read(offset, view)
+        except StorageError:
+            return False
 
     def begin(self, request: LaneRequest) -> bool:
         """Execute `request`, of a range that `read_range` or `write_range` gave, in the lane.

@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ploopd.errors import StorageError
+from ploopd.fileio.view import TryView, no_view
 
 Done = Callable[[StorageError | None], None]
 """A completion: called exactly once, from the event loop's thread, with None for success.
@@ -121,3 +122,18 @@ class BlockDevice(Protocol):
     def kick(self) -> None:
         """Hand everything started since the last kick to the kernel; called once per batch."""
         ...
+
+
+@runtime_checkable
+class HasViews(Protocol):
+    """A block device that may have some of its bytes in memory."""
+
+    def try_view(self, offset: int, length: int) -> memoryview | None:
+        """The bytes as they are now, for one system call in this turn of the event loop, or None:
+        then use `try_read`.  See `FileView.try_view` for what must not be done with them."""
+        ...
+
+
+def views_of(device: BlockDevice) -> TryView:
+    """The `try_view` of a device, one that says None if it has none."""
+    return device.try_view if isinstance(device, HasViews) else no_view

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Protocol, runtime_checkable
 
 from ploopd.errors import HARMLESS_ERRNOS, NO_ROOM, StorageError
-from ploopd.storage.device import BlockDevice, Done, Pending
+from ploopd.storage.device import BlockDevice, Done, Pending, views_of
 from ploopd.storage.journal import RECORD_OVERHEAD, Journal
 from ploopd.storage.lane import Lane, LaneRequest, lane_of
 from ploopd.storage.replay import rewrite
@@ -104,6 +104,7 @@ class JournaledDevice:
         "read_only",
         "size",
         "try_read",
+        "try_view",
     )
 
     def __init__(
@@ -117,6 +118,7 @@ class JournaledDevice:
         self.cluster_size = volume.cluster_size
         self.read_only = volume.read_only
         self.try_read = volume.try_read
+        self.try_view = views_of(volume)
         self.read = volume.read
         self.extents = volume.extents
         self.kick = volume.kick

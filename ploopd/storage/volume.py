@@ -15,7 +15,9 @@ from typing import Protocol
 import trio
 
 from ploopd.errors import StorageError
+from ploopd.fileio.file import File
 from ploopd.fileio.policy import Policy, may_lose_written
+from ploopd.fileio.view import no_view
 from ploopd.storage import closing, read_path, write_path, zero_path
 from ploopd.storage.core import Core
 from ploopd.storage.device import Done, Extent, ExtentKind, Pending
@@ -50,6 +52,7 @@ class Volume:
         "_stack",
         "_stop",
         "_top_write",
+        "_viewers",
         "_zeros",
         "cluster_size",
         "format_version",
@@ -89,6 +92,9 @@ class Volume:
         self._hosts = core.map.view
         self._exclusive = core.locks.exclusive
         self._readers = tuple(source.try_read for source in core.sources)
+        self._viewers = tuple(
+            source.try_view if isinstance(source, File) else no_view for source in core.sources
+        )
         self.lane = VolumeLane(core, read_only=self.read_only)
         self._top_write = _not_now if self.read_only else core.top.try_write
         self._zeros = core.zeros
@@ -125,6 +131,28 @@ class Volume:
             elif not readers[level](part, host):
                 return False
         return True
+
+    def try_view(self, offset: int, length: int) -> memoryview | None:
+        """See `HasViews.try_view`: for what is in one piece of one file."""
+        size = self.cluster_size
+        cluster = offset // size
+        within = offset - cluster * size
+        if within + length > size:
+            return self._try_view_run(offset, length)
+        level = self._levels[cluster]
+        if not level or cluster in self._exclusive:
+            return None
+        return self._viewers[level](self._hosts[cluster] * size + within, length)
+
+    def _try_view_run(self, offset: int, length: int) -> memoryview | None:
+        size = self.cluster_size
+        stop = (offset + length - 1) // size + 1
+        if self._exclusive and self._core.locks.first_exclusive(offset // size, stop) is not None:
+            return None
+        run = next(self._core.map.runs(offset, length))
+        if run.length != length or run.level == UNMAPPED:
+            return None
+        return self._viewers[run.level](run.host, length)
 
     def try_write(self, offset: int, buffer: memoryview) -> bool:
         """See `BlockDevice.try_write`."""
@@ -370,6 +398,7 @@ class Volume:
         self._inline_allocation = False
         self._top_write = _not_now
         self._readers = (_not_now,) * len(self._readers)
+        self._viewers = (no_view,) * len(self._viewers)
         self.lane.close()
 
     def _not_writable(self) -> int:

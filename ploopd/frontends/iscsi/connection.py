@@ -193,6 +193,22 @@ class Connection:
         """`count` bytes of `data_to_send()` have been taken by the kernel; True if it was all."""
         return self._tx.sent(count)
 
+    def keep_views(self) -> bool:
+        """The kernel does not take the rest of the output now, or cannot read it: nothing in it is
+        a view of the storage afterwards.  False if nothing was, or if it cannot be read: that ends
+        the connection, and the initiator will send the command again."""
+        tx = self._tx
+        if not tx.viewed:
+            tx.congested = True
+            return False
+        if not tx.keep_views(self._flow.buffers):
+            tx.discard()
+            self.abort("what was being sent cannot be read")
+            return False
+        if self._full_feature is not None:
+            self._full_feature.kick()
+        return True
+
     def abort(self, reason: str) -> None:
         """End without sending what waits."""
         self.aborted = True
@@ -313,8 +329,8 @@ class Connection:
             session.user or "-",
         )
         if not self._flow.busy:
-            # The rest of the input waited for this.
-            self.process(self._flow.now)
+            # The rest of the input waited for this, and goes on when the reply has left.
+            self.paused = True
             self._dirty()
 
     def _send_login_reply(self, reply: LoginReply) -> None:

@@ -36,6 +36,13 @@ ENOUGH = 128 << 10
 """Bytes in the arena that are sent before more is read: what was read is still in the processor's
 cache then, and the initiator copies it while the next is read."""
 
+LEAST_VIEWED = 64 << 10
+"""Bytes of a READ, and of its PDUs, from which on the page cache is sent where it is, if it can."""
+
+MOST_VIEWED = 512 << 10
+"""Bytes of that before they are sent.  One system call for several READs wakes the initiator once;
+with more the kernel begins to refuse some of it, which is copied then."""
+
 _unpack = REQUEST.unpack_from
 _pack = RESPONSE.pack_into
 
@@ -57,7 +64,7 @@ class FastPath:
         self._immediate_limit = parameters.first_burst if parameters.immediate_data else -1
 
     def run(self) -> bool:
-        """Handle what is plain.  True if it stopped because output should leave first."""
+        """Handle what is plain.  True if output must leave before anything else is done."""
         tx = self._flow.tx
         if (tx.max_cmd_sn - tx.exp_cmd_sn) & SERIAL_MASK == SERIAL_MASK:
             return False  # the command window is closed, and what is done here does not open it
@@ -81,7 +88,12 @@ class FastPath:
                 break
             plain = flags & _ATTRIBUTE_BIT
             op = tx.op
-            if not left or op > ENOUGH or op + 48 + (expected if plain == _READ else 0) > tx.size:
+            if (
+                not left
+                or op > ENOUGH
+                or tx.viewed >= MOST_VIEWED
+                or op + 48 + (expected if plain == _READ else 0) > tx.size
+            ):
                 full = tx.pending > 0
                 break
             end = position + 48
@@ -89,6 +101,8 @@ class FastPath:
             if plain == _READ and lengths == 0:
                 outcome = self._read(itl, cdb, lun, flags, tag, expected)
             elif plain == _WRITE and lengths == expected and end + expected <= fill:
+                if tx.viewed:
+                    break  # what it changes may be in them
                 data = buffer[end : end + expected]
                 end += expected
                 outcome = self._write(itl, cdb, data, lun, flags, tag)
@@ -99,7 +113,7 @@ class FastPath:
             left -= outcome
             position = end
         receiver.position = position
-        return full
+        return full or tx.viewed > 0
 
     def _read(
         self, itl: ItlNexus, cdb: memoryview, lun: int, flags: int, tag: int, expected: int
@@ -120,6 +134,8 @@ class FastPath:
 
     def _read_now(self, itl: ItlNexus, offset: int, tag: int, expected: int) -> bool:
         flow = self._flow
+        if expected >= LEAST_VIEWED and self._view_read(itl, offset, tag, expected):
+            return True
         if expected > flow.parameters.data_in_limit:
             return self._long_read(itl, offset, tag, expected)
         tx = flow.tx
@@ -152,19 +168,43 @@ class FastPath:
         tx.op = end
         return True
 
+    def _view_read(self, itl: ItlNexus, offset: int, tag: int, expected: int) -> bool:
+        """A READ of the page cache of a file in memory: only headers are in the arena."""
+        parameters, tx = self._flow.parameters, self._flow.tx
+        if tx.congested or parameters.max_send_segment < LEAST_VIEWED:
+            return False
+        if not self._fits(expected):
+            return False
+        view = itl.try_view(offset, expected)
+        return view is not None and self._data_in(itl, offset, tag, expected, view)
+
     def _long_read(self, itl: ItlNexus, offset: int, tag: int, expected: int) -> bool:
         """A READ that takes several Data-In PDUs, still straight into the arena."""
+        return self._fits(expected) and self._data_in(itl, offset, tag, expected, None)
+
+    def _fits(self, expected: int) -> bool:
+        """Is there room in the arena, and are the bursts whole PDUs without padding?"""
+        parameters, tx = self._flow.parameters, self._flow.tx
+        if expected <= parameters.data_in_limit:
+            return True
+        segment, burst = parameters.max_send_segment, parameters.max_burst
+        if tx.op + data_in_space(expected, segment) > tx.size or segment % 4:
+            return False
+        return expected <= burst or burst % segment == 0
+
+    def _data_in(
+        self, itl: ItlNexus, offset: int, tag: int, expected: int, view: memoryview | None
+    ) -> bool:
+        """Answer by as many Data-In PDUs as it takes, with the bytes of `view` if there is one."""
         parameters, tx = self._flow.parameters, self._flow.tx
         segment, burst = parameters.max_send_segment, parameters.max_burst
-        if tx.op + data_in_space(expected, segment) > tx.size or segment % 4 or burst % segment:
-            return False
         arena, op, number, done = tx.arena, tx.op, 0, 0
         exp_cmd_sn = (tx.exp_cmd_sn + 1) & SERIAL_MASK
         max_cmd_sn = (tx.max_cmd_sn + 1) & SERIAL_MASK
         while done < expected:
             length = min(segment, expected - done)
             data = op + 48
-            if not itl.try_read(offset + done, arena[data : data + length]):
+            if view is None and not itl.try_read(offset + done, arena[data : data + length]):
                 return False
             end = done + length
             last = end == expected
@@ -187,7 +227,12 @@ class FastPath:
                 done,
                 0,
             )
-            op, number, done = data + length, number + 1, end
+            if view is None:
+                op = data + length
+            else:
+                tx.op = op = data
+                tx.put_view(view[done:end], itl.read_viewed, offset + end)
+            number, done = number + 1, end
         tx.exp_cmd_sn, tx.max_cmd_sn = exp_cmd_sn, max_cmd_sn
         tx.stat_sn = (tx.stat_sn + 1) & SERIAL_MASK
         tx.op = op

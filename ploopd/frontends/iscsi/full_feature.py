@@ -89,7 +89,10 @@ class FullFeature:
     # -- input
 
     def process(self) -> bool:
-        """Handle everything that has arrived; True if it stopped because of pending output."""
+        """Handle everything that has arrived; True if it stopped because of pending output.
+
+        Then it must be called again when that has been sent: what was begun here may not have been
+        handed to the storage."""
         fast, receiver, tx, flow = self._fast, self._receiver, self._flow.tx, self._flow
         paused = False
         while flow.close_reason is None:
@@ -105,9 +108,14 @@ class FullFeature:
             if request is None:
                 break
             self._dispatch(request)
+        if not tx.viewed:  # they come first: what completes may change what they show
+            self.kick()
+        return paused
+
+    def kick(self) -> None:
+        """Hand what was begun to the storage."""
         if self._nexus is not None:
             self._nexus.kick()
-        return paused
 
     def _dispatch(self, request: Request) -> None:
         handler = self._table.get(request.opcode)

@@ -95,8 +95,11 @@ class _Link:
         except BlockingIOError:
             self.blocked = True
             self.writable.wake()
+            engine.keep_views()
             return False
         except OSError as error:
+            if error.errno == errno.EFAULT and engine.keep_views():
+                return self._send()
             engine.abort(f"send failed: {error.strerror}")
             return False
         return True

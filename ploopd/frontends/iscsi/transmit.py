@@ -3,6 +3,9 @@
 Most answers are built in one *arena* and leave with one `send`.  Data that already lies in a buffer
 of its own is queued as a view between pieces of the arena and given back when it has been sent.
 The arena starts over whenever everything is sent, so it stays in the processor's cache.
+
+What lies in the page cache is queued where it is (`put_view`).  It must be sent before anything
+else is executed, or copied (`keep_views`): nobody else may wait between the two.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from itertools import islice
 
+from ploopd.fileio.buffers import BufferPool
 from ploopd.frontends.iscsi.digest import data_digest, digest
 from ploopd.frontends.iscsi.pdu import (
     BHS_LENGTH,
@@ -25,7 +29,13 @@ COPY_LIMIT = 16 * 1024
 MAX_SEGMENTS = 64
 _PADDING = (b"", b"\0\0\0", b"\0\0", b"\0")
 
+BLOCK = 512
+
 Release = Callable[[], None]
+Read = Callable[[int, memoryview], bool]
+"""`read(offset, buffer)`: fill `buffer` from byte `offset` of the disk; False if that cannot be."""
+Origin = tuple[Read, int]
+"""Where a view can be read again: up to that byte of the disk."""
 
 
 class Transmitter:
@@ -33,13 +43,16 @@ class Transmitter:
 
     `arena[start:op]` is what was written and not yet cut off into the queue.  The fast path writes
     there itself; everybody else uses `emit` and `emit_data`.  `exp_cmd_sn` and `max_cmd_sn` are the
-    command window (of the session, which has one connection), `stat_sn` the next StatSN.
+    command window (of the session, which has one connection), `stat_sn` the next StatSN.  `viewed`
+    is about how many bytes of views wait to be sent, `congested` whether the kernel took less than
+    all of the output: then there must be no more of them.
     """
 
     __slots__ = (
         "_queue",
         "_queued",
         "arena",
+        "congested",
         "data_digest",
         "exp_cmd_sn",
         "header_digest",
@@ -49,6 +62,7 @@ class Transmitter:
         "size",
         "start",
         "stat_sn",
+        "viewed",
     )
 
     def __init__(self, arena_size: int) -> None:
@@ -62,7 +76,9 @@ class Transmitter:
         self.header_digest = False
         self.data_digest = False
         self.progress = 0
-        self._queue: deque[tuple[memoryview, Release | None]] = deque()
+        self.viewed = 0
+        self.congested = False
+        self._queue: deque[tuple[memoryview, Release | None, Origin | None]] = deque()
         self._queued = 0
 
     @property
@@ -83,7 +99,7 @@ class Transmitter:
         """The next pieces, in order; empty when there is nothing."""
         if not self._queue:
             return [self.arena[self.start : self.op]] if self.op > self.start else []
-        pieces = [view for view, _ in islice(self._queue, MAX_SEGMENTS)]
+        pieces = [view for view, _, _ in islice(self._queue, MAX_SEGMENTS)]
         if self.op > self.start and len(pieces) == len(self._queue):
             pieces.append(self.arena[self.start : self.op])
         return pieces
@@ -93,10 +109,10 @@ class Transmitter:
         self.progress += count
         queue = self._queue
         while count and queue:
-            view, release = queue[0]
+            view, release, origin = queue[0]
             length = len(view)
             if count < length:
-                queue[0] = (view[count:], release)
+                queue[0] = (view[count:], release, origin)
                 self._queued -= count
                 return False
             count -= length
@@ -106,17 +122,36 @@ class Transmitter:
                 release()
         self.start += count
         if self.start == self.op and not queue:
-            self.start = self.op = 0
+            self.start = self.op = self.viewed = 0
+            self.congested = False
             return True
         return False
+
+    def keep_views(self, buffers: BufferPool) -> bool:
+        """The kernel does not take the rest now: copy what is left of the views into memory that
+        nobody changes.  False if some of it cannot be read."""
+        self.congested = True
+        self.viewed = 0
+        queue = self._queue
+        for index, (view, _, origin) in enumerate(queue):
+            if origin is None:
+                continue
+            read, end = origin
+            start = end - len(view)
+            first = start - start % BLOCK
+            buffer = buffers.take(end - first)
+            queue[index] = (buffer.view[start - first :], buffer.release, None)
+            if not read(first, buffer.view):
+                return False
+        return True
 
     def discard(self) -> None:
         """The connection is gone: give every queued buffer back."""
         while self._queue:
-            _, release = self._queue.popleft()
+            _, release, _ = self._queue.popleft()
             if release is not None:
                 release()
-        self._queued = 0
+        self._queued = self.viewed = 0
         self.start = self.op = 0
 
     # -- PDUs
@@ -209,10 +244,17 @@ class Transmitter:
             return
         tail = self._tail_of(data)
         self._cut()
-        self._queue.append((data, release))
+        self._queue.append((data, release, None))
         self._queued += len(data)
         if tail:
             self._append(tail)
+
+    def put_view(self, view: memoryview, read: Read, end: int) -> None:
+        """Queue `view`, bytes of the page cache up to byte `end` of the disk that `read` reads."""
+        self._cut()
+        self._queue.append((view, None, (read, end)))
+        self._queued += len(view)
+        self.viewed += len(view)
 
     def put_data_in(
         self, flags: int, status: int, tag: int, residual: int, data: memoryview
@@ -265,7 +307,7 @@ class Transmitter:
             self.op = end
             return
         self._cut()
-        self._queue.append((memoryview(bytes(data)), None))
+        self._queue.append((memoryview(bytes(data)), None, None))
         self._queued += len(data)
 
     def _append_tail(self, data: bytes | memoryview) -> None:
@@ -280,7 +322,7 @@ class Transmitter:
     def _cut(self) -> None:
         """Put what the arena holds behind the queue, so that something else can follow it."""
         if self.op > self.start:
-            self._queue.append((self.arena[self.start : self.op], None))
+            self._queue.append((self.arena[self.start : self.op], None, None))
             self._queued += self.op - self.start
             self.start = self.op
 

@@ -1,0 +1,107 @@
+"""Views of a volume: what is in one piece of one file, and nothing that is being changed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from ploopd.storage.create import create_image
+from ploopd.storage.device import views_of
+from ploopd.storage.journal import Journal
+from ploopd.storage.journaled import JournaledDevice
+from tests.support.memory_device import MemoryDevice, pattern
+from tests.support.volumes import Disk, open_disk, running_engine
+
+CLUSTER = 64 << 10
+SIZE = 16 * CLUSTER
+
+
+@asynccontextmanager
+async def disk(shm: Path) -> AsyncIterator[Disk]:
+    """Clusters 0 to 3 lie together, 4 and 5 the other way round, the rest are holes."""
+    path = shm / "image.hds"
+    create_image(path, size=SIZE, cluster_size=CLUSTER)
+    async with running_engine() as engine, open_disk(path, engine) as opened:
+        for number in (0, 1, 2, 3, 5, 4):
+            await opened.write(number * CLUSTER, pattern(CLUSTER, number))
+        yield opened
+
+
+def seen(disk: Disk, offset: int, length: int) -> bytes | None:
+    view = disk.volume.try_view(offset, length)
+    return None if view is None else bytes(view)
+
+
+@pytest.mark.trio
+async def test_one_cluster_or_several_that_lie_together(shm: Path) -> None:
+    async with disk(shm) as opened:
+        content = b"".join(pattern(CLUSTER, number) for number in range(6))
+        for offset, length in (
+            (0, CLUSTER),
+            (512, CLUSTER - 512),
+            (CLUSTER - 512, 1024),
+            (0, 4 * CLUSTER),
+            (4 * CLUSTER, CLUSTER),
+            (5 * CLUSTER + 512, 512),
+        ):
+            assert seen(opened, offset, length) == content[offset : offset + length]
+
+
+@pytest.mark.trio
+async def test_none_of_what_is_in_pieces_or_nowhere(shm: Path) -> None:
+    async with disk(shm) as opened:
+        assert seen(opened, 4 * CLUSTER, 2 * CLUSTER) is None
+        assert seen(opened, 4 * CLUSTER - 512, 1024) is None
+        assert seen(opened, 8 * CLUSTER, 512) is None
+        assert seen(opened, 8 * CLUSTER, 2 * CLUSTER) is None
+
+
+@pytest.mark.trio
+async def test_none_of_a_cluster_that_is_being_changed(shm: Path) -> None:
+    async with disk(shm) as opened:
+        locks = opened.volume._core.locks
+        await locks.acquire(1)
+        assert seen(opened, CLUSTER, 512) is None
+        assert seen(opened, 0, 3 * CLUSTER) is None
+        assert seen(opened, 0, CLUSTER) == pattern(CLUSTER, 0)
+        locks.unlock(1)
+        assert seen(opened, CLUSTER, 512) == pattern(512, 1)
+        await opened.discard(CLUSTER, CLUSTER)
+        assert seen(opened, CLUSTER, 512) is None
+
+
+@pytest.mark.trio
+async def test_a_closed_volume_has_none(shm: Path) -> None:
+    async with disk(shm) as opened:
+        try_view = opened.volume.try_view
+        assert try_view(0, 512) is not None
+    assert try_view(0, 512) is None
+
+
+@pytest.mark.trio
+async def test_a_raw_file_whose_last_cluster_is_cut_short(shm: Path) -> None:
+    path = shm / "raw"
+    path.write_bytes(pattern(3 * CLUSTER + 512, 1))
+    async with running_engine() as engine, open_disk(path, engine, read_only=True) as opened:
+        content = pattern(3 * CLUSTER + 512, 1)
+        assert seen(opened, 0, 3 * CLUSTER) == content[: 3 * CLUSTER]
+        assert seen(opened, 3 * CLUSTER, 512) == content[3 * CLUSTER :]
+
+
+@pytest.mark.trio
+async def test_with_the_journal(shm: Path) -> None:
+    async with disk(shm) as opened:
+        device = JournaledDevice(opened.volume, Journal(limit=1 << 20), lambda error: None)
+        data = pattern(512, 77)
+        assert device.try_write(512, memoryview(data))
+        view = device.try_view(512, 512)
+        assert view is not None
+        assert bytes(view) == data
+        del view
+
+
+def test_a_device_without_views() -> None:
+    assert views_of(MemoryDevice(1 << 20))(0, 512) is None
