@@ -12,6 +12,7 @@ import trio
 
 from ploopd.control.automation import Automation, RecoveryPolicy
 from ploopd.control.recovery import replace
+from ploopd.control.resize import resize
 from ploopd.device_table import DeviceTable
 from ploopd.devices import Device, DeviceOptions
 from ploopd.disownable import disownable
@@ -29,11 +30,15 @@ log = logging.getLogger(__name__)
 
 
 class KernelDevice:
-    """A device as the front end sees it; `on_bind` is called when it is about to be served."""
+    """A device as the front end sees it; `on_bind` is called when it is about to be served,
+    `automation` stands aside while it grows."""
 
-    def __init__(self, device: Device, on_bind: Callable[[Device], None]) -> None:
+    def __init__(
+        self, device: Device, on_bind: Callable[[Device], None], automation: Automation
+    ) -> None:
         self.device = device
         self._on_bind = on_bind
+        self._automation = automation
 
     @property
     def name(self) -> str:
@@ -57,6 +62,14 @@ class KernelDevice:
 
     def unbind(self) -> None:
         self.device.unbind()
+
+    async def grow(self, size: int) -> None:
+        """See `resize`; the size must be one that the image can have."""
+        async with self._automation.operator(self.device):
+            await resize(self.device, size, exact=True)
+
+    async def wait_resized(self) -> None:
+        await self.device.resized.wait()
 
 
 class KernelDevices:
@@ -90,7 +103,7 @@ class KernelDevices:
                 self._opened.add(device)
                 self._automation.add(device, self.policy)
             self._users[device] = self.users(device) + 1
-            return KernelDevice(device, self._served)
+            return KernelDevice(device, self._served, self._automation)
 
     def _served(self, device: Device) -> None:
         """A device is not added before: one that cannot be served is opened again and again."""

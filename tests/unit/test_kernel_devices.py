@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from ploopd.control.automation import Automation, DeviceFiles, RecoveryPolicy
 from ploopd.device_table import DeviceTable
@@ -216,3 +217,17 @@ async def test_an_image_that_is_opened_for_a_backstore_is_recovered_as_configure
         await devices.release(served)
         assert not list(table)
         nursery.cancel_scope.cancel()
+
+
+async def test_a_disk_grows_to_exactly_what_a_backstore_wants(
+    table: DeviceTable, image: Path
+) -> None:
+    devices = KernelDevices(table, DeviceOptions(), Automation(Path("/nowhere")))
+    served = await devices.acquire(Reference(image=str(image)))
+    with pytest.raises(UsageError, match=str(SIZE + (1 << 20))):
+        await served.grow(SIZE + 512)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(served.wait_resized)
+        await trio.testing.wait_all_tasks_blocked()
+        await served.grow(2 * SIZE)
+    assert served.size == 2 * SIZE

@@ -66,6 +66,14 @@ class Served(Protocol):
 
     def unbind(self) -> None: ...
 
+    async def grow(self, size: int) -> None:
+        """Become a disk of `size` bytes, with the image.  Raises PloopError."""
+        ...
+
+    async def wait_resized(self) -> None:
+        """Return when the disk gets another size."""
+        ...
+
 
 class Attachment:
     """`uio` served by `device`.
@@ -99,6 +107,7 @@ class Attachment:
         self._idle = trio.Event()
         self._teller = Sleeper()
         self._quick = AdaptivePoll()
+        self._told_size = device.size
         self._file: SharedMemory
         self._handler: Handler
 
@@ -106,11 +115,12 @@ class Attachment:
 
     async def check(self) -> bool:
         """Whether the kernel has finished making the device.  One that it has not is made ready for
-        `start`, but not opened.  Raises UsageError if it is not of our size."""
+        `start`, but not opened.  The disk grows if the kernel wants a larger one; raises UsageError
+        if it wants a smaller one."""
+        await self._match_size()
         return await self._in_thread(self._check)
 
     def _check(self) -> bool:
-        self._check_size()
         made = self._kernel.made(self.uio)
         if not made:  # nobody else has it, and a LUN may come as soon as it is made
             self._set_up()
@@ -118,6 +128,7 @@ class Attachment:
 
     async def start(self) -> None:
         """Open the device and take over its ring.  Raises PloopError; nothing stays open then."""
+        await self._match_size()
         self._file = await disownable(
             self._prepare,
             deadline=CONFIGFS_SECONDS,
@@ -133,23 +144,37 @@ class Attachment:
         self.device.bind()
 
     def _prepare(self) -> SharedMemory:
-        """In a thread: check the size, open, set what a parking handler needs."""
-        self._check_size()
+        """In a thread: open, set what a parking handler needs."""
         file = self._kernel.open(self.uio)
         self._set_up()
         return file
 
-    def _check_size(self) -> None:
-        kernel, uio = self._kernel, self.uio
-        told = kernel.attribute(uio, "dev_size")
-        if told is not None and told.isdecimal() and int(told) != self.device.size:
+    async def _match_size(self) -> None:
+        kernel, uio, device = self._kernel, self.uio, self.device
+        text = await self._in_thread(partial(kernel.attribute, uio, "dev_size"))
+        self._told_size = int(text) if text is not None and text.isdecimal() else device.size
+        if self._told_size > device.size:
+            await device.grow(self._told_size)
+        if self._told_size != device.size:
             raise UsageError(
-                f"the disk {self.device.name} has {self.device.size} bytes",
+                f"the disk {device.name} has {device.size} bytes",
                 path=kernel.directory(uio),
                 field="dev_size",
-                value=int(told),
-                hint=f"create the backstore with size={self.device.size}",
+                value=self._told_size,
+                hint=f"create the backstore with size={device.size}, or a larger one to grow it",
             )
+
+    async def _follow_size(self) -> None:
+        """The disk may grow for other reasons than the kernel's: say so there."""
+        while True:
+            if self.device.size != self._told_size:
+                self._told_size = self.device.size
+                # It answers with the event of a change, which is none any more.
+                change = partial(self._kernel.set_attribute, self.uio, "dev_size", self._told_size)
+                with contextlib.suppress(PloopError):
+                    await self._in_thread(change)
+            else:
+                await self.device.wait_resized()
 
     def _set_up(self) -> None:
         kernel, uio = self._kernel, self.uio
@@ -248,6 +273,7 @@ class Attachment:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._tell)
+                nursery.start_soon(self._follow_size)
                 with self._taking:
                     await self._take()
                 if self._grace is not None and self._handler.broken is None:

@@ -21,7 +21,7 @@ from typing import Protocol
 import trio
 
 from ploopd.disownable import disownable
-from ploopd.errors import BusyError, ExitCode, NotFoundError, PloopError, UsageError
+from ploopd.errors import BusyError, ExitCode, NotFoundError, PloopError, StorageError, UsageError
 from ploopd.frontends.tcmu import netlink
 from ploopd.frontends.tcmu.attachment import CONFIGFS_SECONDS, Attachment, Served
 from ploopd.frontends.tcmu.names import Reference, parse_config, parse_kernel_name
@@ -407,12 +407,13 @@ class TcmuServer:
             )
         device = attachment.device
         if event.size is not None and event.size != device.size:
-            raise UsageError(
-                f"the disk {device.name} has {device.size} bytes",
-                field="dev_size",
-                value=event.size,
-                hint="the size follows the image",
-            )
+            if event.size < device.size:
+                raise UsageError(
+                    f"the disk {device.name} has {device.size} bytes, and can only become larger",
+                    field="dev_size",
+                    value=event.size,
+                )
+            await device.grow(event.size)
         if event.write_cache is not None and event.write_cache != device.unit.modes.write_cache:
             device.unit.modes.write_cache = event.write_cache
             device.unit.modes_changed(None)
@@ -428,6 +429,8 @@ def _errno_of(error: PloopError) -> int:
         return errno.ENOENT
     if isinstance(error, BusyError):
         return errno.EBUSY
+    if isinstance(error, StorageError):
+        return error.errno
     return errno.EINVAL if isinstance(error, UsageError) else errno.EIO
 
 

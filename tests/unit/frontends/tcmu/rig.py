@@ -131,6 +131,8 @@ class Disk:
     bench: Bench
     bound: int = 0
     parking: bool = False
+    problem: PloopError | None = None
+    resized: trio.Event = field(default_factory=trio.Event)
 
     @property
     def size(self) -> int:
@@ -145,6 +147,22 @@ class Disk:
 
     def unbind(self) -> None:
         self.bound -= 1
+
+    async def grow(self, size: int) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.problem is not None:
+            raise self.problem
+        self.resize(size)
+
+    async def wait_resized(self) -> None:
+        await self.resized.wait()
+
+    def resize(self, size: int) -> None:
+        """Also by somebody else."""
+        self.bench.device.size = size
+        self.unit.capacity_changed()
+        self.resized.set()
+        self.resized = trio.Event()
 
 
 @dataclass

@@ -3,6 +3,7 @@ and memory.  What only a real kernel can show is in tests/kernel."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 
+from ploopd.errors import StorageError
 from ploopd.frontends.tcmu.server import TcmuServer
 from tests.support.fake_tcmu import FakeKernel
 from tests.support.memory_device import Completion
@@ -72,10 +74,46 @@ async def test_others_devices_are_left_alone(rig: Rig, clock: trio.testing.MockC
     assert len(rig.machine.files) == 1
 
 
-async def test_a_wrong_size_is_refused_with_the_right_one(
-    rig: Rig, clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+async def test_a_larger_size_makes_the_disk_grow(rig: Rig, clock: trio.testing.MockClock) -> None:
+    rig.machine.add(1, size=SIZE * 2)
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.disk.bound)
+    assert (rig.disk.size, rig.machine.value(1, "attrib/dev_size")) == (SIZE * 2, str(SIZE * 2))
+
+
+async def test_a_disk_that_cannot_grow_is_tried_again(
+    rig: Rig, clock: trio.testing.MockClock
 ) -> None:
     rig.machine.add(1, size=SIZE * 2)
+    rig.disk.problem = StorageError(errno.ENOSPC, "grow", path="disk.hds")
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.server.failure("b1"))
+    assert "ENOSPC" in str(rig.server.failure("b1"))
+    assert rig.disk.bound == 0
+    rig.disk.problem = None
+    await rig.until(lambda: rig.disk.bound, 40)
+    assert rig.disk.size == SIZE * 2
+
+
+async def test_every_backstore_of_a_disk_that_grows_is_told(
+    rig: Rig, clock: trio.testing.MockClock
+) -> None:
+    """One makes it grow before it is served, and somebody else later."""
+    rig.machine.add(1)
+    await rig.nursery.start(rig.server.serve)
+    await rig.until(lambda: rig.disk.bound == 1)
+    rig.machine.add(2, size=SIZE * 2)
+    await rig.until(lambda: rig.disk.bound == 2)
+    await rig.until(lambda: rig.machine.value(1, "attrib/dev_size") == str(SIZE * 2))
+    rig.disk.resize(SIZE * 3)
+    for minor in (1, 2):
+        await rig.until(lambda at=minor: rig.machine.value(at, "attrib/dev_size") == str(SIZE * 3))
+
+
+async def test_a_smaller_size_is_refused_with_the_right_one(
+    rig: Rig, clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.machine.add(1, size=SIZE // 2)
     await rig.nursery.start(rig.server.serve)
     await rig.until(lambda: "tcmu-failed" in caplog.text)
     assert f"size={SIZE}" in caplog.text
