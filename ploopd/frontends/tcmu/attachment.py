@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import select
 from collections.abc import Callable
 from functools import partial
@@ -28,14 +27,11 @@ CONFIGFS_SECONDS = 10.0
 GIVE_BACK_SECONDS = 2.0
 """For commands in execution to end after the others have been given back."""
 
-PATIENCE = 500e-6
-"""Seconds to wait for the next command without the loop, where that is not in vain."""
+PATIENCE = 1
+"""Milliseconds to wait for the next command without the loop, where that is not in vain."""
 
-MOST_SELECT = 1024
-"""select(2) takes descriptors below."""
-
-ROUNDS = 64
-"""Batches worked on in a row before other tasks get their turn."""
+TURN = 256
+"""Commands worked on in a row before other tasks get their turn."""
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +102,7 @@ class Attachment:
         self._grace: float | None = None
         self._idle = trio.Event()
         self._teller = Sleeper()
-        self._quick = AdaptivePoll()
+        self._waiter = select.poll()
         self._told_size = device.size
         self._file: SharedMemory
         self._handler: Handler
@@ -141,6 +137,7 @@ class Attachment:
         except BaseException:
             self._file.close()
             raise
+        self._waiter.register(self._file.fileno(), select.POLLIN)
         self.device.bind()
 
     def _prepare(self) -> SharedMemory:
@@ -290,44 +287,38 @@ class Attachment:
 
     async def _take(self) -> None:
         handler, file, poll = self._handler, self._file, AdaptivePoll()
+        ring = handler.ring
         file.tell()  # of answers whose giver died before it could
-        rounds = 0
+        turn = 0
         while True:
             if handler.process():
                 file.tell()
             if handler.broken is not None:
                 return
-            if (handler.more or self._more_comes(poll)) and rounds < ROUNDS:
-                rounds += 1
+            turn += handler.taken or 1
+            # The initiator often has its next command there when `tell` comes back.
+            if ring.waiting and not handler.busy and turn < TURN:
                 continue
-            if rounds:  # wake-ups that nobody has waited for are still there
-                rounds = 0
-                await trio.lowlevel.checkpoint()
-            else:
-                await trio.lowlevel.wait_readable(file.fileno())
             if not file.acknowledge():
                 return  # the device was removed
+            # What has come before is seen now, what comes later wakes.
+            if not ring.waiting and not self._more_comes(poll):
+                turn = 0
+                await trio.lowlevel.wait_readable(file.fileno())
+            elif turn >= TURN or handler.busy:
+                turn = 0
+                await trio.lowlevel.checkpoint()
 
     def _more_comes(self, poll: AdaptivePoll) -> bool:
-        """Wait for commands a moment longer before the loop sleeps, which costs more.
+        """Sleep without the loop for a moment, until a command comes: the loop's sleep costs more.
 
         Only where nobody else can be waiting for the loop: one device, nothing in execution; and
-        where they come one by one: of many, more come together while the loop sleeps.  The first
-        look gives way to whoever may be about to send one, the second one sleeps.
+        where they come one by one: of many, more come together while the loop sleeps.
         """
-        handler, descriptor = self._handler, self._file.fileno()
+        handler = self._handler
         if handler.taken > 1 or handler.busy or not self.alone() or not poll.wanted():
             return False
-        if descriptor >= MOST_SELECT:
-            return False
-        found = False
-        if self._quick.wanted():
-            os.sched_yield()
-            found = handler.waiting()
-            self._quick.ended(found)
-        if not found:
-            self._file.acknowledge()  # of what has been worked on, or it would not sleep
-            found = handler.waiting() or bool(select.select((descriptor,), (), (), PATIENCE)[0])
+        found = bool(self._waiter.poll(PATIENCE))
         poll.ended(found)
         return found
 

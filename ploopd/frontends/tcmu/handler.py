@@ -38,8 +38,7 @@ class Handler:
 
     `on_answer` is called when an answer was put into the ring outside of `process`: the kernel has
     to be told soon, once for all answers until then.  `taken`: how many entries the last `process`
-    has worked on; `more`: there are some that it has not come to.  `broken` is what makes no sense
-    in the ring; then it is over.
+    has worked on.  `broken` is what makes no sense in the ring; then it is over.
     """
 
     def __init__(
@@ -48,7 +47,6 @@ class Handler:
         self.ring = ring
         self.unit = unit
         self.broken: RingError | None = None
-        self.more = False
         self.taken = 0
         self._on_answer = on_answer
         self._target = Target(f"tcmu,{name}")
@@ -67,13 +65,6 @@ class Handler:
         """Commands in execution or parked."""
         return self.ring.outstanding
 
-    def waiting(self) -> bool:
-        """There is something to `process`."""
-        try:
-            return self.ring.waiting
-        except RingError:
-            return True  # which finds it, too
-
     # -- taking ----------------------------------------------------------------------------
 
     def process(self) -> bool:
@@ -83,18 +74,10 @@ class Handler:
         self._inside = True
         try:
             before = ring.tail
-            taken = 0
-            for entry in ring.take(BATCH):
-                taken += 1
-                if isinstance(entry, Command):
-                    if not self._at_once(entry):
-                        self._as_task(entry)
-                else:
-                    self._manage(entry)
-            self._nexus.kick()
-            ring.settle()
+            taken = ring.execute(self._at_once, BATCH)
+            if ring.waiting:
+                taken += self._process_others(BATCH - taken)
             self.taken = taken
-            self.more = ring.waiting
             return ring.tail != before
         except RingError as error:
             self.broken = error
@@ -102,39 +85,51 @@ class Handler:
         finally:
             self._inside = False
 
-    def _at_once(self, command: Command) -> bool:
+    def _process_others(self, most: int) -> int:
+        """Work on `most` entries at most, the first of which is more than `_at_once` does."""
+        ring = self.ring
+        left = most
+        while left > 0:
+            for entry in ring.take(1):
+                if isinstance(entry, TaskManagement):
+                    self._manage(entry)
+                elif len(entry.iovs) == 1 or not self._in_pieces(entry):
+                    self._as_task(entry)
+            left -= 1 + ring.execute(self._at_once, left - 1)
+            if not ring.waiting:
+                break
+        self._nexus.kick()
+        ring.settle()
+        return most - left
+
+    def _at_once(self, cdb: bytes, data: memoryview) -> bool:
         """Do a plain READ or WRITE now, if the unit and the image allow it."""
         itl = self._itl
-        extent = itl.read_range(command.cdb)
+        extent = itl.read_range(cdb)
         if extent is not None:
-            now = itl.try_read
-        else:
-            extent = itl.write_range(command.cdb)
-            if extent is None:
-                return False
+            return extent[1] == len(data) and itl.try_read(extent[0], data)
+        extent = itl.write_range(cdb)
+        return extent is not None and extent[1] == len(data) and itl.try_write(extent[0], data)
+
+    def _in_pieces(self, command: Command) -> bool:
+        """The same for a command with its data in several pieces: pages of the kernel that are not
+        next to each other."""
+        itl = self._itl
+        now = itl.try_read
+        extent = itl.read_range(command.cdb)
+        if extent is None:
             now = itl.try_write
-        offset, length = extent
-        ring, iovs = self.ring, command.iovs
-        if len(iovs) == 1:  # nearly always: the kernel makes one piece of adjacent pages
-            at, size = iovs[0]
-            if size != length:
-                return False
-            view = ring.piece(at, size)
-            try:
+            extent = itl.write_range(command.cdb)
+        if extent is None or extent[1] != command.length:
+            return False
+        offset = extent[0]
+        for at, size in command.iovs:
+            # A piece that is done although a later one cannot be is done again by the task.
+            with self.ring.piece(at, size) as view:
                 if not now(offset, view):
                     return False
-            finally:
-                view.release()  # not dropped: an exception's frames may keep a reference
-        else:
-            if command.length != length:
-                return False
-            for at, size in iovs:
-                # A piece that is done although a later one cannot be is done again by the task.
-                with ring.piece(at, size) as view:
-                    if not now(offset, view):
-                        return False
-                offset += size
-        ring.answer(command.command_id, Status.GOOD)
+            offset += size
+        self.ring.answer(command.command_id, Status.GOOD)
         return True
 
     def _as_task(self, command: Command) -> None:

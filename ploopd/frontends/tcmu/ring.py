@@ -11,7 +11,7 @@ names the command by its id.  So nothing may be read from an entry after it has 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 VERSION: Final = 2
@@ -32,6 +32,9 @@ _MIN_COMMAND: Final = 112
 _IOVS: Final = 48
 _SENSE: Final = 16
 SENSE_LENGTH: Final = 96
+
+_ENTRY = struct.Struct("=4xHxxI12xQ16xQQ")
+"""A command's entry: id, number of pieces, offset of the CDB, offset and length of a piece."""
 
 _CDB_OFFSET = struct.Struct("=Q")
 _IOV = struct.Struct("=QQ")
@@ -112,10 +115,55 @@ class Ring:
 
     @property
     def waiting(self) -> bool:
-        """There are entries that have not been taken."""
-        return self._taken != self._position(_HEAD)
+        """There are entries that have not been taken, or nonsense that taking them will find."""
+        return self._taken != self._words[_HEAD]
 
     # -- taking ----------------------------------------------------------------------------
+
+    def execute(self, now: Callable[[bytes, memoryview], bool], most: int) -> int:
+        """Take the commands that are there while each is one that `now(cdb, data)` carries out, and
+        answer them GOOD; returns how many, `most` at most.
+
+        The first that is anything else, or has not exactly one piece of data, is left to `take`.
+        `now` must not keep `data`.  Raises RingError if the head makes no sense.
+        """
+        words, memory, start, size = self._words, self._memory, self._start, self._size
+        head, taken = self._position(_HEAD), self._taken
+        done = 0
+        while taken != head and done < most:
+            offset = start + taken
+            index = offset >> 2
+            length = words[index] - _COMMAND
+            if length & _OPCODE or not _MIN_COMMAND <= length <= size - taken:
+                break
+            command_id, pieces, cdb, at, data_length = _ENTRY.unpack_from(memory, offset)
+            end = at + data_length
+            if (
+                pieces != 1
+                or not offset <= cdb <= offset + length - CDB_FIELD
+                or at < start + size
+                or end > len(memory)
+            ):
+                break
+            data = memory[at:end]
+            try:
+                if not now(bytes(memory[cdb : cdb + CDB_FIELD]), data):
+                    break
+            finally:
+                data.release()  # not dropped: an exception's frames may keep a reference
+            done += 1
+            taken += length
+            if taken == size:
+                taken = 0
+            self._taken = taken
+            if start + words[_TAIL] == offset:  # the oldest entry is its own
+                words[index + 1] = command_id
+                words[index + 2] = words[index + 3] = 0
+                words[_TAIL] = taken
+            else:
+                self.outstanding += 1
+                self.answer(command_id, 0)
+        return done
 
     def take(self, most: int = 1 << 30) -> Iterator[Command | TaskManagement]:
         """The entries that are there now and have not been taken yet, `most` at most, in the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 
 import pytest
@@ -13,7 +12,7 @@ from ploopd.disownable import disownable
 from ploopd.frontends.tcmu import attachment, netlink, server
 from ploopd.frontends.tcmu.uio import UioDevice
 from tests.support.memory_device import Completion
-from tests.unit.frontends.tcmu.rig import READ, SIZE, Disk, Rig
+from tests.unit.frontends.tcmu.rig import READ, SIZE, Disk, Rig, Wakeable
 from tests.unit.scsi.harness import cdb10, make_bench
 
 pytestmark = pytest.mark.trio
@@ -125,40 +124,76 @@ async def test_one_busy_device_lets_others_have_their_turn(rig: Rig, clock: Cloc
     assert 3 <= rig.file.tells() <= 20
 
 
-async def test_a_command_that_comes_while_we_still_look(
-    rig: Rig, clock: Clock, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("moment", ["before", "after"])
+async def test_a_command_that_comes_as_its_wake_up_is_taken(
+    rig: Rig, clock: Clock, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """It is worked on without its wake-up; those that come later still wake."""
+    """It is seen although nothing wakes for it any more, or once although something does."""
     fake = rig.machine.add(1)
-    given_way = 0
+    acknowledge = Wakeable.acknowledge
+    came = False
 
-    def initiator_runs() -> None:
-        nonlocal given_way
-        given_way += 1
-        if given_way == 1:
+    def with_a_command(file: Wakeable) -> bool:
+        nonlocal came
+        new, came = not came, True
+        if new and moment == "before":
             fake.command(READ, expect=4096)
+            file.kernel_end.send(b"\1\0\0\0")
+        result = acknowledge(file)
+        if new and moment == "after":
+            fake.command(READ, expect=4096)
+            file.kernel_end.send(b"\1\0\0\0")
+        return result
 
-    monkeypatch.setattr(os, "sched_yield", initiator_runs)
+    monkeypatch.setattr(Wakeable, "acknowledge", with_a_command)
     await serve(rig)
     await rig.until(fake.harvest)
     fake.command(READ, expect=4096)
     rig.file.kernel_end.send(b"\1\0\0\0")
     await rig.until(fake.harvest)
+    assert [answer.status for answer in fake.answers] == [0, 0]
 
 
-async def test_nobody_looks_longer_where_others_may_wait(
+async def test_nobody_sleeps_without_the_loop_where_others_may_wait(
     rig: Rig, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fakes = [rig.machine.add(minor) for minor in (1, 2)]
     await rig.nursery.start(rig.server.serve)
     await rig.until(lambda: rig.disk.bound == 2)
-    monkeypatch.setattr(os, "sched_yield", lambda: pytest.fail("it is not alone"))
+    for attached in rig.server.attached.values():
+        monkeypatch.setattr(attached, "_waiter", None)
     for _ in range(3):
         for file in rig.machine.files:
             file.fake.command(READ, expect=4096)
             file.kernel_end.send(b"\1\0\0\0")
         for fake in fakes:
             await rig.until(fake.harvest)
+
+
+async def test_commands_that_never_stop_coming_let_others_have_their_turn(
+    rig: Rig, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever the kernel is told of an answer the next command is there, for ever."""
+    fake = rig.machine.add(1)
+    await serve(rig)
+    tell = Wakeable.tell
+
+    def and_again(file: Wakeable) -> None:
+        tell(file)
+        file.tells()
+        fake.harvest()
+        fake.command(READ, expect=512)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Wakeable, "tell", and_again)
+        fake.command(READ, expect=512)
+        rig.file.kernel_end.send(b"\1\0\0\0")
+        turns = []
+        for _ in range(10):
+            before = len(fake.answers)
+            await trio.lowlevel.checkpoint()
+            turns.append(len(fake.answers) - before)
+    assert 0 < max(turns) <= 2 * attachment.TURN, "trio runs what is ready in any order"
 
 
 async def test_netlink_that_comes_later_is_used(
