@@ -62,7 +62,7 @@ demo-standby: $(VENV)/.stamp-demo
 bench: $(VENV)/.stamp-bench
 	$(BIN)/python -m bench $(BENCH_ARGS)
 
-bench-kernel: $(VENV)/.stamp-test $(VENV)/.stamp-targetcli
+bench-kernel: $(VENV)/.stamp-test
 	PLOOPD_IN_GUEST=1 PYTHONDONTWRITEBYTECODE=1 tests/kernel/run.sh -t 600 -o out/kernel -- \
 	    $(abspath $(BIN))/python -m bench.guest $(BENCH_ARGS)
 
