@@ -1,6 +1,6 @@
 """Tests with the kernel's own iSCSI initiator run inside a user-mode-linux guest.
 
-On the host only `test_guest.py` and `test_booted_systemd.py` are collected: they boot the guest and
+On the host only `test_guest.py` and `test_booted_systemd.py` are collected: they boot guests and
 run `guest/` and `booted/` in there.
 """
 
@@ -13,9 +13,6 @@ import pytest
 from tests.kernel.guest_run import GuestRun
 
 IN_GUEST = os.environ.get("PLOOPD_IN_GUEST") == "1"
-MANY = 200
-"""So many tests take longer than booting: the guest runs beside them."""
-
 BESIDE = pytest.StashKey[GuestRun]()
 
 collect_ignore = ["test_guest.py", "test_booted_systemd.py"] if IN_GUEST else []
@@ -23,10 +20,11 @@ collect_ignore_glob = [] if IN_GUEST else ["guest/*", "booted/*"]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """In a run of everything the guest is booted first."""
-    if IN_GUEST or session.config.option.collectonly or len(session.items) < MANY:
+    """In a run of more than its tests the guests are booted first."""
+    if IN_GUEST or session.config.option.collectonly:
         return
-    if any(item.path.name == "test_guest.py" for item in session.items):
+    ours = [item for item in session.items if item.path.name == "test_guest.py"]
+    if ours and len(session.items) > len(ours):
         session.config.stash[BESIDE] = GuestRun(beside=True)
 
 

@@ -1,7 +1,7 @@
-"""One run of the guest's tests, in the foreground or beside the tests of the host.
+"""One run of the guest's tests: two guests at the same time, each with a part of them.
 
-The guest has one CPU, so in a run of everything it is booted first, and its result is looked at
-when its turn comes.
+A guest has one CPU, and waits for much of its time.  In a run of more than these tests the guests
+are booted first, and their result is looked at when its turn comes.
 """
 
 from __future__ import annotations
@@ -12,52 +12,100 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
+from xml.etree import ElementTree
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OUT = Path(os.environ.get("PLOOPD_TEST_OUT", ROOT / "out")) / "kernel"
 JUNIT = OUT / "junit.xml"
-CONSOLE = OUT / "console.log"
+TESTS = HERE / "guest"
+KERNEL_TARGET = "test_lio_*.py"
+"""The files of the one part; what is called otherwise is the other one."""
 TIMEOUT = 900
-"""Seconds for the guest, which runs on one CPU and shares it with whatever else there is."""
+"""Seconds for a guest, which runs on one CPU and shares it with whatever else there is."""
+NO_GUEST = 125
+"""The status of run.sh where none starts."""
 
 
-class GuestRun:
-    """The guest's pytest; `beside`: its words go to a file until `finish`."""
+@dataclass(kw_only=True)
+class _Guest:
+    """A guest with its part of the tests.  What it says goes to `console`, if that is a file."""
 
-    def __init__(self, *, beside: bool) -> None:
-        OUT.mkdir(parents=True, exist_ok=True)
-        JUNIT.unlink(missing_ok=True)
-        command = [str(HERE / "run.sh"), "-t", str(TIMEOUT), "-o", str(OUT), "--"]
-        command += [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no"]
-        command += ["--durations=10", "-m", "kernel"]
-        command += ["--junitxml=/out/junit.xml", str(HERE / "guest")]
-        environment = os.environ | {"PLOOPD_IN_GUEST": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        self._console = CONSOLE.open("wb") if beside else None
-        self._process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=self._console,
-            stderr=subprocess.STDOUT if beside else None,
-            start_new_session=beside,
-        )
+    out: Path
+    process: subprocess.Popen[bytes]
+    console: IO[bytes] | None
 
     def finish(self) -> int:
         """Wait for the end, and say what the guest said; its exit status."""
-        status = self._process.wait()
-        if self._console is not None:
-            self._console.close()
-            with CONSOLE.open(errors="replace") as text:
+        status = self.process.wait()
+        if self.console is not None:
+            self.console.close()
+            with Path(self.console.name).open(errors="replace") as text:
                 shutil.copyfileobj(text, sys.stdout)
             sys.stdout.flush()
         return status
 
     def stop(self) -> None:
-        """End a guest that nobody waits for any more."""
-        if self._console is not None and self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGTERM)
-            self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        self.process.wait()
+
+
+def _boot(name: str, tests: list[str], cpu: int, *, beside: bool) -> _Guest:
+    out = OUT / name
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "junit.xml").unlink(missing_ok=True)
+    command = [str(HERE / "run.sh"), "-t", str(TIMEOUT), "-o", str(out), "--"]
+    command += [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no"]
+    command += ["--durations=10", "-m", "kernel", "--junitxml=/out/junit.xml", *tests]
+    # What Python compiles is kept for the next process, in memory.
+    environment = os.environ | {"PLOOPD_IN_GUEST": "1", "PLOOPD_GUEST_CPU": str(cpu)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    console = (out / "console.log").open("wb") if beside else None
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=console,
+        stderr=subprocess.STDOUT if beside else None,
+        start_new_session=True,
+    )
+    return _Guest(out=out, process=process, console=console)
+
+
+class GuestRun:
+    """The guests' pytest; `beside`: all of their words go to files until `finish`, otherwise the
+    first one's are seen as they come."""
+
+    def __init__(self, *, beside: bool) -> None:
+        OUT.mkdir(parents=True, exist_ok=True)
+        JUNIT.unlink(missing_ok=True)
+        cpus = sorted(os.sched_getaffinity(0))
+        others = ["--ignore-glob", str(TESTS / KERNEL_TARGET), str(TESTS)]
+        kernel_target = [str(path) for path in sorted(TESTS.glob(KERNEL_TARGET))]
+        self._guests = [
+            _boot("lio", kernel_target, cpus[-1], beside=beside),
+            _boot("disks", others, cpus[0], beside=True),
+        ]
+
+    def finish(self) -> list[int]:
+        """Wait for the end, say what the guests said, and put their results together in `JUNIT`;
+        the exit statuses."""
+        statuses = [guest.finish() for guest in self._guests]
+        results = ElementTree.Element("testsuites")
+        for guest in self._guests:
+            if (guest.out / "junit.xml").exists():
+                results.extend(ElementTree.parse(guest.out / "junit.xml").getroot())
+        if len(results):
+            ElementTree.ElementTree(results).write(JUNIT, encoding="utf-8", xml_declaration=True)
+        return statuses
+
+    def stop(self) -> None:
+        """End guests that nobody waits for any more."""
+        for guest in self._guests:
+            if guest.process.poll() is None:
+                guest.stop()

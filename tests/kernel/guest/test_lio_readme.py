@@ -20,7 +20,8 @@ from tests.support.images import MIB
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(170)]
 
 HEADING = "### Export through the kernel's target (LIO)"
-SIZE = 1024 * MIB
+SIZES = {101: 320 * MIB, 102: 1024 * MIB}
+"""The second one is in the README; for the first one what XFS takes is enough."""
 
 
 def blocks() -> list[str]:
@@ -55,16 +56,16 @@ def vz(kernel: None, bus: None, scratch: Path) -> Iterator[Path]:
     place = Path("/vz")
     place.mkdir(exist_ok=True)
     sh("mount", "--bind", scratch, place)
-    for number in (101, 102):
+    for number, size in SIZES.items():
         disk = place / f"private/{number}/root.hdd"
         disk.mkdir(parents=True)
-        images.write_delta(disk / "base.hds", SIZE, {700: b"\x5a" * MIB})
-        images.write_delta(disk / "top.hds", SIZE, {})
+        images.write_delta(disk / "base.hds", size, {300: b"\x5a" * MIB})
+        images.write_delta(disk / "top.hds", size, {})
         rows = [
             (images.guid(1), "Compressed", "base.hds"),
             (images.TOP_GUID, "Compressed", "top.hds"),
         ]
-        images.write_descriptor(disk, SIZE, rows)
+        images.write_descriptor(disk, size, rows)
     yield place
     sh("umount", place)
 
@@ -80,7 +81,7 @@ def daemon(vz: Path, scratch: Path) -> Iterator[subprocess.Popen[bytes]]:
             ["bash", "-c", f"exec {serve}"], env=environment(), stdout=file, stderr=file
         )
     try:
-        wait_until(lambda: "/root.hdd  1 GiB" in output.read_text(), "the daemon", 30)
+        wait_until(lambda: "/root.hdd  320 MiB" in output.read_text(), "the daemon", 30)
         wait_until(lambda: "dbus-name" in output.read_text(), "the name on the bus", 30)
         yield process
     finally:
