@@ -42,6 +42,9 @@ RETRY_FIRST, RETRY_MOST = 0.5, 30.0
 MADE_FIRST, MADE_MOST = 0.001, 0.2
 """Seconds between looks whether the kernel has finished making a device, growing."""
 
+UNTOLD_SECONDS = 2.0
+"""For a device to be made that netlink has not told us of."""
+
 TAKEN_BACK = (
     "another program has told the kernel that it does not know the backstore, as tcmu-runner does; "
     "create it with control=nl_reply_supported=-1 or by ploopctl lio export"
@@ -93,6 +96,7 @@ class TcmuServer:
         self._failures: dict[UioDevice, PloopError] = {}
         self._waiting: set[UioDevice] = set()
         self._new: set[UioDevice] = set()
+        self._told: set[UioDevice] = set()
         self._gone: set[UioDevice] = set()
         self._wake = trio.Event()
         self._changed = trio.Event()
@@ -239,13 +243,20 @@ class TcmuServer:
     async def _until_made(self, uio: UioDevice) -> bool:
         """Until the kernel has finished making the device; False if it takes it back instead.
 
-        That is not told: netlink has only said that there is a new one."""
-        pause = MADE_FIRST
+        That is not told: netlink has only said that there is a new one.  If it has not said so to
+        us, because we were not there, it may be waiting for the reply of a handler that is not
+        there any more."""
+        pause, waited, forgotten = MADE_FIRST, 0.0, False
         while await self._look(self._kernel.present, uio):
             if await self._look(self._kernel.made, uio):
                 return True
             await trio.sleep(pause)
+            waited += pause
             pause = min(MADE_MOST, pause * 2)
+            if waited > UNTOLD_SECONDS and not (forgotten or self.another or uio in self._told):
+                forgotten = True
+                done = await self._look(lambda _: self._kernel.reset_netlink(), uio)
+                log.warning("event=tcmu-netlink-reset uio=%s done=%s", uio, done)
         log.warning("event=tcmu-taken-back uio=%s note=%r", uio, TAKEN_BACK)
         return False
 
@@ -324,8 +335,10 @@ class TcmuServer:
         uio = UioDevice(minor=event.minor, name=name)
         if event.kind is netlink.EventKind.ADDED:
             self._new.add(uio)
+            self._told.add(uio)
         elif event.kind is netlink.EventKind.REMOVED:
             self._new.discard(uio)
+            self._told.discard(uio)
         handle: dict[netlink.EventKind, Callable[[UioDevice, netlink.Event], Awaitable[None]]] = {
             netlink.EventKind.ADDED: self._added,
             netlink.EventKind.REMOVED: self._removed,

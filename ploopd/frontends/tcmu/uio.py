@@ -215,6 +215,26 @@ class Kernel:
         not take that."""
         return self._write(self.core / name / "attrib/nl_reply_supported", -1)
 
+    def reset_netlink(self) -> bool:
+        """Let everybody go who waits for a reply; they are told EINTR, and rtslib repeats what it
+        was doing, so the interface is blocked for no longer than it has to be.  False if the
+        kernel does not take that."""
+        parameters = self.sys / "module/target_core_user/parameters"
+        with contextlib.ExitStack() as stack:
+            try:
+                block, reset = (
+                    stack.enter_context((parameters / name).open("wb", buffering=0))
+                    for name in ("block_netlink", "reset_netlink")
+                )
+                block.write(b"1\n")
+                try:
+                    reset.write(b"1\n")
+                finally:
+                    block.write(b"0\n")
+            except OSError:
+                return False
+        return True
+
     def set_attribute(self, device: UioDevice, name: str, value: int) -> bool:
         """Write an attribute; False if the kernel does not take it."""
         return self._write(self.directory(device) / "attrib" / name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.guest import kernel_target
-from tests.kernel.guest.kernel_target import backstores, targetcli
+from tests.kernel.guest.kernel_target import TargetcliShell, backstores, targetcli
 from tests.kernel.guest.run import sh, wait_until
 from tests.support import images
 from tests.support.images import MIB
@@ -20,6 +21,7 @@ pytestmark = [pytest.mark.kernel, pytest.mark.timeout(120)]
 
 PLOOP = "/backstores/user:ploop"
 IQN = "iqn.2026-01.org.example:disks"
+WWNS = ("naa.5001405000000001", "naa.5001405000000002")
 NEVER_WAIT = "control=nl_reply_supported=-1"
 
 
@@ -38,6 +40,12 @@ def web(kernel: None, bus: None, scratch: Path) -> Path:
     return images.write_delta(scratch / "web.hds", 64 * MIB, {})
 
 
+def is_on_the_bus() -> bool:
+    bus = ("-d", "org.freedesktop.DBus", "-o", "/org/freedesktop/DBus")
+    method = ("-m", "org.freedesktop.DBus.NameHasOwner", "org.kernel.TCMUService1")
+    return "true" in sh("gdbus", "call", "--system", *bus, *method)
+
+
 @contextmanager
 def tcmu_runner(directory: Path) -> Iterator[subprocess.Popen[bytes]]:
     log = directory / "tcmu-runner.log"
@@ -46,7 +54,7 @@ def tcmu_runner(directory: Path) -> Iterator[subprocess.Popen[bytes]]:
             ["tcmu-runner", "--tcmu-log-dir", str(directory)], stdout=file, stderr=file
         )
     try:
-        wait_until(lambda: "user:qcow" in targetcli("ls", "/backstores"), "tcmu-runner")
+        wait_until(is_on_the_bus, "tcmu-runner")
         yield process
     finally:
         process.terminate()
@@ -80,6 +88,80 @@ def test_beside_tcmu_runner(web: Path, scratch: Path) -> None:
         assert server.stop() == 0, server.stderr
 
 
+def opened(pid: int) -> set[str]:
+    """The kinds of the TCMU devices that a process has open."""
+    links = [each.readlink() for each in Path(f"/proc/{pid}/fd").iterdir() if each.is_symlink()]
+    names = {each.name for each in links if each.match("/dev/uio*")}
+    return {Path(f"/sys/class/uio/{name}/name").read_text().split("/")[3] for name in names}
+
+
+def waits(backstore: str) -> str:
+    (path,) = kernel_target.CONFIGFS.glob(f"core/user_*/{backstore}/attrib/nl_reply_supported")
+    return path.read_text().strip()
+
+
+def write_both(disks: list[Path]) -> list[bytes]:
+    """Something new on each disk."""
+    content = [bytes([byte]) * 4096 for byte in os.urandom(len(disks))]
+    for disk, block in zip(disks, content, strict=True):
+        with disk.open("wb") as file:
+            file.write(block)
+        sh("blockdev", "--flushbufs", disk)
+    return content
+
+
+def read_both(disks: list[Path]) -> list[bytes]:
+    return [disk.open("rb").read(4096) for disk in disks]
+
+
+def two_disks() -> list[Path]:
+    """tcm_loop's, by size: ploopd's, tcmu-runner's."""
+    wait_until(lambda: len(kernel_target.loop_disks()) == 2, "both disks")
+    sizes = Path("/sys/block")
+    return sorted(
+        kernel_target.loop_disks(),
+        key=lambda disk: int((sizes / disk.name / "size").read_text()),
+    )
+
+
+def test_clear_and_restore_beside_tcmu_runner(web: Path, scratch: Path) -> None:
+    """Each has its own, whoever of the two the kernel asks first; then ploopd comes late."""
+    mail = scratch / "mail.qcow2"
+    sh("qemu-img", "create", "-f", "qcow2", mail, "96M")
+    with tcmu_runner(scratch) as runner, kernel_target.serve(web, directory=scratch) as server:
+        wait_until(lambda: "dbus-registered ok=True" in server.stderr, "the registration")
+        with TargetcliShell() as shell:
+            shell("/backstores/user:qcow", "create", "mail", "96M", str(mail))
+            assert "Created" in shell(PLOOP, "create", "web", "64M", "web")
+            for backstore, wwn in (("ploop/web", WWNS[0]), ("qcow/mail", WWNS[1])):
+                shell("/loopback", "create", wwn)
+                shell(f"/loopback/{wwn}/luns", "create", f"/backstores/user:{backstore}")
+            assert "saved" in shell("saveconfig")
+        assert (waits("web"), waits("mail")) == ("-1", "1")
+        content = write_both(two_disks())
+        for _ in range(3):
+            sh("/usr/bin/targetctl", "clear")
+            assert backstores() == []
+            said = sh("/usr/bin/targetctl", "restore")
+            assert "web" not in said, said + server.stderr  # of its own it takes no attributes
+            disks = two_disks()
+            assert read_both(disks) == content
+            content = write_both(disks)
+            assert (opened(runner.pid), opened(server.pid)) == ({"qcow"}, {"ploop"})
+        sh("/usr/bin/targetctl", "clear")
+        assert server.stop() == 0, server.stderr
+        # Without ploopd only tcmu-runner's comes back, and nothing hangs.
+        assert "Could not create StorageObject web" in sh("/usr/bin/targetctl", "restore")
+        assert backstores() == ["mail"]
+        server.start()
+        wait_until(lambda: server.stderr.count("dbus-registered") == 2, "the registration")
+        sh("/usr/bin/targetctl", "restore")
+        assert read_both(two_disks()) == content
+        sh("/usr/bin/targetctl", "clear")
+        assert server.stop() == 0, server.stderr
+    kernel_target.assert_nothing_is_stuck()
+
+
 def test_after_tcmu_runner_the_kernel_waits_for_answers(web: Path, scratch: Path) -> None:
     """It has promised the kernel answers, for good; ploopd gives them."""
     with tcmu_runner(scratch):
@@ -109,7 +191,14 @@ def test_after_tcmu_runner_the_kernel_waits_for_answers(web: Path, scratch: Path
                 lambda count=3 + number: server.stderr.count("tcmu-attached uio=web") == count,
                 "web being served again",
             )
-        targetcli(PLOOP, "delete", "web")
-        assert backstores() == []
+        sh("/usr/bin/targetctl", "clear")
+        assert server.stop() == 0, server.stderr
+        restore = subprocess.Popen(["/usr/bin/targetctl", "restore"])
+        wait_until(backstores, "the backstore being made")  # and now the kernel waits for a reply
+        server.start()
+        assert restore.wait(20) == 0
+        wait_until(lambda: "tcmu-netlink-reset" in server.stderr, "those who wait being let go")
+        assert kernel_target.loop_disk("web").exists()
+        kernel_target.clear()
         assert server.stop() == 0, server.stderr
     kernel_target.assert_nothing_is_stuck()

@@ -79,3 +79,34 @@ async def test_opening_one_is_an_error(rig: Rig) -> None:
     rig.machine.set(1, "enable", 0)
     with pytest.raises(BusyError, match="still being made"):
         Kernel.open(rig.machine, rig.machine.devices()[0])
+
+
+async def test_a_question_that_nobody_was_there_to_answer(
+    rig: Rig, clock: trio.testing.MockClock
+) -> None:
+    """The kernel has asked before we were there; whoever has promised to answer has gone."""
+    parameters = rig.machine.sys / "module/target_core_user/parameters"
+    parameters.mkdir(parents=True)
+    for name in ("block_netlink", "reset_netlink"):
+        (parameters / name).write_bytes(b"")
+    rig.machine.add(1)
+    rig.machine.set(1, "enable", 0)
+    await rig.nursery.start(rig.server.serve)
+    await rig.until((parameters / "reset_netlink").read_bytes)
+    assert (parameters / "block_netlink").read_bytes() == b"1\n0\n"
+    await trio.sleep(3)
+    assert (parameters / "reset_netlink").read_bytes() == b"1\n"  # once
+    rig.machine.set(1, "enable", 1)
+    await rig.until(lambda: rig.disk.bound)
+
+
+async def test_another_handler_may_still_answer(rig: Rig, clock: trio.testing.MockClock) -> None:
+    parameters = rig.machine.sys / "module/target_core_user/parameters"
+    parameters.mkdir(parents=True)
+    (parameters / "block_netlink").write_bytes(b"")
+    rig.server.another = True
+    rig.machine.add(1)
+    rig.machine.set(1, "enable", 0)
+    await rig.nursery.start(rig.server.serve)
+    await trio.sleep(4)
+    assert (parameters / "block_netlink").read_bytes() == b""
