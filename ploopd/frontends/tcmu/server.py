@@ -46,8 +46,8 @@ UNTOLD_SECONDS = 2.0
 """For a device to be made that netlink has not told us of."""
 
 TAKEN_BACK = (
-    "another program has told the kernel that it does not know the backstore, as tcmu-runner does; "
-    "create it with control=nl_reply_supported=-1 or by ploopctl lio export"
+    "another program, such as tcmu-runner, has told the kernel that it does not know the backstore; "
+    "create it again, to be sure with control=nl_reply_supported=-1 or by ploopctl lio export"
 )
 
 KERNEL = (0, 0)
@@ -318,7 +318,7 @@ class TcmuServer:
                 if sender[0] != KERNEL[0]:
                     continue
                 try:
-                    self.another |= netlink.overruled(datagram)
+                    self._note_another(netlink.overruled(datagram))
                     events = list(netlink.parse_events(datagram, family))
                 except netlink.NetlinkError as error:
                     log.warning("event=tcmu-netlink error=%r", str(error))
@@ -357,6 +357,11 @@ class TcmuServer:
         if waits:
             with contextlib.suppress(OSError):
                 await channel.sendto(netlink.reply(event, family, status), KERNEL)
+
+    def _note_another(self, overruled: bool) -> None:
+        if overruled and not self.another:
+            log.warning("event=tcmu-another note='somebody else replies to the kernel, too'")
+            self.another = True
 
     async def _waits_for_reply(self, uio: UioDevice, kind: netlink.EventKind) -> bool:
         """A reply that nobody waits for makes the kernel complain, one that is missing makes it
