@@ -15,9 +15,9 @@ from ploopd.fileio.oslayer import OsLayer
 CHUNK = 2 << 20
 """Bytes of the file that are forgotten together: what one page of page tables maps."""
 
-MOST_CHUNKS = 512
+MOST_CHUNKS = 1024
 """Chunks in use at a time.  Their pages are the file's and take no other memory, but they count as
-resident memory of this process."""
+resident memory of this process, and each takes a page of page tables."""
 
 TryView = Callable[[int, int], memoryview | None]
 
