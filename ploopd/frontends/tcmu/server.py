@@ -46,7 +46,7 @@ UNTOLD_SECONDS = 2.0
 """For a device to be made that netlink has not told us of."""
 
 TAKEN_BACK = (
-    "another program, such as tcmu-runner, has told the kernel that it does not know the backstore; "
+    "another program, tcmu-runner for example, has told the kernel that it does not know it; "
     "create it again, to be sure with control=nl_reply_supported=-1 or by ploopctl lio export"
 )
 
