@@ -130,9 +130,13 @@ class TargetcliShell:
 def loop_disk(backstore: str, wwn: str = "naa.5001405000000001") -> Path:
     """Link a backstore into tcm_loop: a disk of this machine without iSCSI."""
     with TargetcliShell() as shell:
-        shell("/loopback", "create", wwn)
-        shell(f"/loopback/{wwn}/luns", "create", f"/backstores/user:ploop/{backstore}")
+        link_loop(shell, backstore, wwn)
     return wait_for_loop_disk()
+
+
+def link_loop(shell: TargetcliShell, backstore: str, wwn: str = "naa.5001405000000001") -> None:
+    shell("/loopback", "create", wwn)
+    shell(f"/loopback/{wwn}/luns", "create", f"/backstores/user:ploop/{backstore}")
 
 
 def wait_for_loop_disk() -> Path:

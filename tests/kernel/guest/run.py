@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import mmap
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -29,3 +32,16 @@ def wait_until(condition: object, what: str, seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
         time.sleep(0.05)
+
+
+def disk_digest(disk: Path) -> str:
+    """The digest of a disk, as `oracles.digest` has it, in half the time: past the page cache."""
+    hasher = hashlib.sha256()
+    descriptor = os.open(disk, os.O_RDONLY | os.O_DIRECT)
+    try:
+        with mmap.mmap(-1, 4 << 20) as memory, memoryview(memory) as view:
+            while count := os.readv(descriptor, [view]):
+                hasher.update(view[:count])
+    finally:
+        os.close(descriptor)
+    return hasher.hexdigest()

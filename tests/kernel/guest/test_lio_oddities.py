@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.guest import kernel_target, scsi_generic
-from tests.kernel.guest.kernel_target import backstores, targetcli
+from tests.kernel.guest.kernel_target import TargetcliShell, backstores, link_loop, targetcli
 from tests.kernel.guest.run import sh, wait_until
 from tests.support import images
 from tests.support.images import MIB
@@ -32,14 +32,21 @@ def server(kernel: None, bus: None, scratch: Path) -> Iterator[ServeProcess]:
         assert server.stop() == 0, server.stderr
 
 
-def create(name: str, config: object) -> None:
-    answer = targetcli(PLOOP, "create", f"name={name}", "size=64M", f"cfgstring={config}")
+def create(shell: TargetcliShell, name: str, config: object) -> None:
+    answer = shell(PLOOP, "create", f"name={name}", "size=64M", f"cfgstring={config}")
     assert "Created" in answer
 
 
+def disk_of_web(wwn: str = "naa.5001405000000001") -> Path:
+    """A backstore of the daemon's disk, and a disk of this machine of it."""
+    with TargetcliShell() as shell:
+        create(shell, "web", "web")
+        link_loop(shell, "web", wwn)
+    return kernel_target.wait_for_loop_disk()
+
+
 def test_commands_that_make_no_sense(server: ServeProcess) -> None:
-    create("web", "web")
-    disk = kernel_target.loop_disk("web")
+    disk = disk_of_web()
     good = scsi_generic.read(disk, 0)
     assert good == b"\x5a" * 4096
     for cdb, asc in [
@@ -57,8 +64,7 @@ def test_commands_that_make_no_sense(server: ServeProcess) -> None:
 def test_a_buffer_that_does_not_match_the_command(server: ServeProcess) -> None:
     """READ and WRITE of 4096 bytes with less or more memory for them: nobody else's bytes come
     back, and nothing is written that was not sent."""
-    create("web", "web")
-    disk = kernel_target.loop_disk("web")
+    disk = disk_of_web()
     read = b"\x28\0\0\0\0\0\0\0\x08\0"
     for length in (512, 2048, 8192):
         before = scsi_generic.read(disk, 0)
@@ -102,12 +108,12 @@ def test_somebody_else_has_the_uio_device(server: ServeProcess, scratch: Path) -
 
 def test_one_image_behind_two_backstores(server: ServeProcess, scratch: Path) -> None:
     """By its name and by its path: one disk, and what one writes the other reads."""
-    create("web", "web")
-    create("again", scratch / "web.hds")
-    assert server.device_names() == ["web"]
-    kernel_target.loop_disk("web", "naa.5001405000000001")
-    targetcli("/loopback", "create", "naa.5001405000000002")
-    targetcli("/loopback/naa.5001405000000002/luns", "create", f"{PLOOP}/again")
+    with TargetcliShell() as shell:
+        create(shell, "web", "web")
+        create(shell, "again", scratch / "web.hds")
+        assert server.device_names() == ["web"]
+        link_loop(shell, "web", "naa.5001405000000001")
+        link_loop(shell, "again", "naa.5001405000000002")
     wait_until(lambda: len(kernel_target.loop_disks()) == 2, "the second disk")
     one, other = kernel_target.loop_disks()
     assert scsi_generic.write(one, 7, b"\x77" * 4096).status == 0
@@ -117,8 +123,7 @@ def test_one_image_behind_two_backstores(server: ServeProcess, scratch: Path) ->
 
 
 def test_a_backstore_is_deleted_under_a_file_system(server: ServeProcess, mountpoint: Path) -> None:
-    create("web", "web")
-    disk = kernel_target.loop_disk("web")
+    disk = disk_of_web()
     sh("mkfs.ext4", "-q", disk)
     sh("mount", disk, mountpoint)
     (mountpoint / "file").write_bytes(b"x" * MIB)
@@ -127,8 +132,7 @@ def test_a_backstore_is_deleted_under_a_file_system(server: ServeProcess, mountp
     assert backstores() == []
     sh("umount", mountpoint, check=False)
     kernel_target.assert_nothing_is_stuck()
-    create("web", "web")
-    disk = kernel_target.loop_disk("web", "naa.5001405000000002")
+    disk = disk_of_web("naa.5001405000000002")
     sh("mount", disk, mountpoint)
     assert (mountpoint / "file").read_bytes() == b"x" * MIB
     sh("umount", mountpoint)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.kernel.guest.conftest import ROOT, OpenIscsi
 from tests.kernel.guest.kernel_target import backstores, targets
-from tests.kernel.guest.run import sh, wait_until
+from tests.kernel.guest.run import disk_digest, sh, wait_until
 from tests.support import images, oracles
 from tests.support.images import MIB
 
@@ -123,7 +123,7 @@ def test_the_readme(
         assert targets() == [iqn]
         disk = disk_of(initiator, iqn)
         use(disk, mountpoint, make)
-        seen[name] = oracles.digest(disk)
+        seen[name] = disk_digest(disk)
         type_in(end)
         assert (backstores(), targets()) == ([], [])
     daemon.terminate()

@@ -21,7 +21,7 @@ from tests.kernel.guest.kernel_target import (
     targetcli,
     targets,
 )
-from tests.kernel.guest.run import sh, wait_until
+from tests.kernel.guest.run import disk_digest, sh, wait_until
 from tests.support import images, oracles
 from tests.support.images import MIB
 from tests.support.serve import ServedUrl, ServeProcess
@@ -129,7 +129,7 @@ def test_a_chain_by_its_path(server: ServeProcess, scratch: Path, mountpoint: Pa
     (mountpoint / "file").write_bytes(b"content" * 100_000)
     sh("umount", mountpoint)
     sh("e2fsck", "-f", "-n", initiator_disk)
-    seen = oracles.digest(initiator_disk)
+    seen = disk_digest(initiator_disk)
     assert backstores() == ["chain"]
     targetcli(PLOOP, "delete", "chain")
     wait_until(lambda: server.device_names() == ["web"], "the image being closed")

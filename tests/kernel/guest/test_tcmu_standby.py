@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,20 +54,29 @@ def storage(kernel: None, scratch: Path) -> Iterator[FaultFs]:
         yield fs
 
 
-@pytest.fixture
-def park_max() -> int:
+@pytest.fixture(scope="module")
+def park_max(request: pytest.FixtureRequest) -> int:
     """Seconds."""
-    return 4
+    seconds: int = getattr(request, "param", 4)
+    return seconds
+
+
+@pytest.fixture(scope="module")
+def one_daemon(lio: None, park_max: int) -> Iterator[ServeProcess]:
+    """For the tests with the same `park_max`: each leaves it out of standby, and unused."""
+    directory = Path(tempfile.mkdtemp(dir="/scratch"))
+    image = images.write_delta(directory / "disk.hds", SIZE, {})
+    with serve(image, directory=directory, options=("--park-max", str(park_max))) as process:
+        yield process
+    shutil.rmtree(directory)
 
 
 @pytest.fixture
-def daemon(kernel: None, scratch: Path, park_max: int) -> Iterator[ServeProcess]:
-    image = images.write_delta(scratch / "disk.hds", SIZE, {})
-    with serve(image, directory=scratch, options=("--park-max", str(park_max))) as process:
-        yield process
+def daemon(one_daemon: ServeProcess, kernel: None) -> ServeProcess:
+    return one_daemon
 
 
-longer = pytest.mark.parametrize("park_max", [20], ids=["park_max=20"])
+longer = pytest.mark.parametrize("park_max", [20], ids=["park_max=20"], indirect=True)
 """Than Linux waits for a command of SG_IO, 7 s at least."""
 
 
