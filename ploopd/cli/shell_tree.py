@@ -20,7 +20,7 @@ from ploopd.cli.lio import PATIENCE, echo_backstores
 from ploopd.control import messages
 from ploopd.control.client import ControlClient
 from ploopd.errors import PloopError
-from ploopd.units import format_size
+from ploopd.units import format_size, parse_size
 
 if TYPE_CHECKING:
     from ploopd.control.messages import (
@@ -62,9 +62,9 @@ class Daemon:
     def steps(self, method: Method, parameters: Message, show: Callable[[str], object]) -> None:
         """A call that is answered step by step."""
         with translated_errors(), ControlClient(self._control, timeout=self._timeout) as client:
-            for step in client.stream(
-                method, messages.ReplaceStep, parameters, waiting=f"the next step of {method.name}"
-            ):
+            waiting = f"the next step of {method.name}"
+            for step in client.stream(method, method.reply, parameters, waiting=waiting):
+                assert isinstance(step, messages.ReplaceStep | messages.ResizeStep)
                 show(f"{step.elapsed:8.3f} s  {step.step}")
 
 
@@ -172,6 +172,18 @@ class DeviceNode(Node):
         """Close the device's files and open them again."""
         parameters = messages.ReloadParameters(name=self.name)
         self.daemon.steps(messages.RELOAD_DEVICE, parameters, self.show)
+
+    def ui_command_resize(self, size: str) -> None:
+        """
+        Make the device and its image larger while it is served: size=20G, or size=+10G.
+        """
+        with translated_errors():
+            new = parse_size(size.removeprefix("+"))
+        if size.startswith("+"):
+            name = messages.DeviceName(name=self.name)
+            new += self.daemon.call(messages.SHOW_DEVICE, messages.ShowReply, name).device.size
+        parameters = messages.ResizeParameters(name=self.name, size=new)
+        self.daemon.steps(messages.RESIZE_DEVICE, parameters, self.show)
 
     def ui_command_standby(self, action: str = "show") -> None:
         """

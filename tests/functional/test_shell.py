@@ -83,6 +83,15 @@ def test_a_device_is_shown_and_put_into_standby(served: ServeProcess) -> None:
     assert shell(served, "/devices/one", "standby").stdout == "off\n"
 
 
+def test_a_device_grows(served: ServeProcess) -> None:
+    steps = shell(served, "/devices/one", "resize", "size=+64M").stdout
+    assert [line.split(" s  ")[1] for line in steps.splitlines()][-2:] == ["release", "done"]
+    assert "(128 MiB) active" in shell(served, "ls", "/devices").stdout
+    refused = shell(served, "/devices/one", "resize", "1M")
+    assert "can only become larger" in refused.stderr
+    assert "is not a size" in shell(served, "/devices/one", "resize", "+x").stderr
+
+
 def test_commands_come_from_standard_input_until_the_first_error(served: ServeProcess) -> None:
     script = "cd /devices/two\n# a comment\n\npwd\nnonsense\nversion\n"
     done = shell(served, stdin=script)
