@@ -1,8 +1,9 @@
 """Executes the commands of one ring on a logical unit.
 
 A plain READ or WRITE that can be done at once costs no task: data goes straight between the image
-and the shared memory.  Everything else becomes a SCSI task, whose data is copied, so that nothing
-points into the shared memory when the kernel takes it back.
+and the shared memory.  One that has to wait goes into the lane (`ploopd.frontends.tcmu.lane`) if it
+is one piece of one file.  Everything else becomes a SCSI task.  The data of either is copied, so
+that nothing points into the shared memory when the kernel takes it back.
 
 What the kernel's target does itself never comes here: REPORT LUNS, reservations, unit attentions of
 resets and LUN changes.  It does not say which initiator a command comes from, so all of them are
@@ -14,7 +15,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from ploopd.frontends.tcmu.ring import FLAG_READ_LENGTH, Command, Ring, RingError, TaskManagement
+from ploopd.frontends.tcmu.lane import Lane, LaneCommand
+from ploopd.frontends.tcmu.ring import (
+    BEGUN,
+    DECLINED,
+    DONE,
+    FLAG_READ_LENGTH,
+    Command,
+    Ring,
+    RingError,
+    TaskManagement,
+)
 from ploopd.scsi.logical_unit import LogicalUnit
 from ploopd.scsi.nexus import ItlNexus
 from ploopd.scsi.target import Target
@@ -55,6 +66,7 @@ class Handler:
         itl = self._nexus.itl(0)
         assert itl is not None
         self._itl: ItlNexus = itl
+        self._lane = Lane(ring, itl, self._good, self._adopt)
         self._forget_attentions()
         self._aborted_status = Status.TASK_ABORTED
         self._inside = False
@@ -74,9 +86,10 @@ class Handler:
         self._inside = True
         try:
             before = ring.tail
-            taken = ring.execute(self._at_once, BATCH)
+            taken = ring.execute(self._plain, BATCH)
             if ring.waiting:
                 taken += self._process_others(BATCH - taken)
+            self._nexus.kick()
             self.taken = taken
             return ring.tail != before
         except RingError as error:
@@ -86,7 +99,7 @@ class Handler:
             self._inside = False
 
     def _process_others(self, most: int) -> int:
-        """Work on `most` entries at most, the first of which is more than `_at_once` does."""
+        """Work on `most` entries at most, the first of which `_plain` has declined."""
         ring = self.ring
         left = most
         while left > 0:
@@ -95,25 +108,40 @@ class Handler:
                     self._manage(entry)
                 elif len(entry.iovs) == 1 or not self._in_pieces(entry):
                     self._as_task(entry)
-            left -= 1 + ring.execute(self._at_once, left - 1)
+            left -= 1 + ring.execute(self._plain, left - 1)
             if not ring.waiting:
                 break
-        self._nexus.kick()
         ring.settle()
         return most - left
 
-    def _at_once(self, cdb: bytes, data: memoryview) -> bool:
-        """Do a plain READ or WRITE now, if the unit and the image allow it."""
+    def _plain(self, command_id: int, cdb: bytes, at: int, data: memoryview) -> int:
+        """Do a plain READ or WRITE now or begin it, if the unit and the image allow it; see
+        `ring.Plain`."""
         itl = self._itl
         extent = itl.read_range(cdb)
         if extent is not None:
-            return extent[1] == len(data) and itl.try_read(extent[0], data)
-        extent = itl.write_range(cdb)
-        return extent is not None and extent[1] == len(data) and itl.try_write(extent[0], data)
+            writing, now = False, itl.try_read
+        else:
+            extent = itl.write_range(cdb)
+            if extent is None:
+                return DECLINED
+            writing, now = True, itl.try_write
+        offset, length = extent
+        if length != len(data):
+            return DECLINED
+        first = itl.lane.first
+        start = self._lane.start
+        if first and start(command_id, cdb, at, data, offset, writing):
+            return BEGUN
+        if now(offset, data):
+            return DONE
+        if not first and start(command_id, cdb, at, data, offset, writing):
+            return BEGUN
+        return DECLINED
 
     def _in_pieces(self, command: Command) -> bool:
-        """The same for a command with its data in several pieces: pages of the kernel that are not
-        next to each other."""
+        """Do it now if its data is in several pieces: pages of the kernel that are not next to each
+        other."""
         itl = self._itl
         now = itl.try_read
         extent = itl.read_range(command.cdb)
@@ -134,7 +162,22 @@ class Handler:
 
     def _as_task(self, command: Command) -> None:
         nexus = self._nexus
-        task = Task(
+        task = self._task(command)
+        if not nexus.prepare(task):
+            return
+        if task.direction is Direction.FROM_INITIATOR:
+            task.data_out = memoryview(self.ring.gather(command))[: task.data_out_length]
+        nexus.execute(task)
+
+    def _adopt(self, command: Command, request: LaneCommand) -> None:
+        """Make a task of what is in the lane."""
+        task = self._task(command)
+        if request.writing:
+            task.data_out = memoryview(bytes(request.buffer.view))
+        self._itl.adopt(task, request)
+
+    def _task(self, command: Command) -> Task:
+        return Task(
             tag=command.command_id,
             lun=0,
             cdb=command.cdb,
@@ -143,15 +186,11 @@ class Handler:
             transport=command,
             expected_out=command.length,
         )
-        if not nexus.prepare(task):
-            return
-        if task.direction is Direction.FROM_INITIATOR:
-            task.data_out = memoryview(self.ring.gather(command))[: task.data_out_length]
-        nexus.execute(task)
 
     def _manage(self, request: TaskManagement) -> None:
         """Abort what the kernel names.  Ids that nobody has are those that have been answered
         since; an id in here is never a newer command's, because that one would come later."""
+        self._nexus.settle()
         tasks = self._nexus.tasks
         if _LUN_RESET <= request.function < _PREEMPT:
             self.unit.reset()
@@ -174,23 +213,30 @@ class Handler:
         assert isinstance(command, Command)
         read_length = None
         if task.status == Status.GOOD and task.direction is not Direction.FROM_INITIATOR:
-            filled = self.ring.scatter(command, task.data_in)
-            if self._read_length and filled < command.length:
-                read_length = filled
+            try:
+                filled = self.ring.scatter(command, task.data_in)
+            except RingError as error:
+                self.broken = error.with_traceback(None)  # whose frames have views of the memory
+            else:
+                if self._read_length and filled < command.length:
+                    read_length = filled
         task.release()
-        self._answer(command, task.status, task.sense, read_length)
+        self._answer(command.command_id, task.status, task.sense, read_length)
 
     def _aborted(self, task: Task) -> None:
         command = task.transport
         assert isinstance(command, Command)
-        self._answer(command, self._aborted_status)
+        self._answer(command.command_id, self._aborted_status)
+
+    def _good(self, command_id: int) -> None:
+        self._answer(command_id, Status.GOOD)
 
     def _answer(
-        self, command: Command, status: int, sense: bytes = b"", read_length: int | None = None
+        self, command_id: int, status: int, sense: bytes = b"", read_length: int | None = None
     ) -> None:
         """Whoever ends a command could do nothing about a broken ring, so this raises nothing."""
         try:
-            self.ring.answer(command.command_id, status, sense, read_length)
+            self.ring.answer(command_id, status, sense, read_length)
             if not self._inside:
                 self.ring.settle()
         except RingError as error:
@@ -204,6 +250,7 @@ class Handler:
         """Answer everything that is still there BUSY, for the initiators to repeat: what is parked
         or waiting at once, what is in execution when it has ended."""
         self._aborted_status = Status.BUSY
+        self._nexus.settle()
         for task in list(self._nexus.tasks.values()):
             self.unit.abort(task, _nothing)
 
@@ -211,6 +258,7 @@ class Handler:
         """Leave the unit and let go of the ring.  Commands that are still in execution are
         forgotten: their answers would have no ring to go to.  `done` is called when the last of
         them has ended."""
+        self._nexus.settle()
         for task in self._nexus.tasks.values():
             task.on_complete = task.on_aborted = _forgotten
         self._nexus.close(done)

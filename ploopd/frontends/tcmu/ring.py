@@ -46,8 +46,25 @@ CDB_LENGTHS: Final = (6, 10, 10, 16, 16, 12, 10, 10)
 CDB_FIELD: Final = 16
 
 
+DECLINED, BEGUN, DONE = 0, 1, 2
+
+Plain = Callable[[int, bytes, int, memoryview], int]
+"""`plain(command_id, cdb, at, data)`: what to do with a command that has `data`, at `at` in the
+shared memory.  DECLINED: something else; BEGUN: it will be answered; DONE: it is to be answered
+GOOD.  `cdb` has 16 bytes, with anything behind the CDB.  `data` must not be kept."""
+
+
+def padded(cdb: bytes) -> bytes:
+    """The first CDB_FIELD bytes of `cdb`, with zeros for what does not belong to it."""
+    return cdb[: CDB_LENGTHS[cdb[0] >> 5]].ljust(CDB_FIELD, b"\0")
+
+
 class RingError(Exception):
     """The shared memory does not hold what the kernel's interface says it holds."""
+
+
+def _outside(offset: int, length: int) -> RingError:
+    return RingError(f"data of {length} bytes at {offset}, outside of the data area")
 
 
 class Command(NamedTuple):
@@ -120,12 +137,12 @@ class Ring:
 
     # -- taking ----------------------------------------------------------------------------
 
-    def execute(self, now: Callable[[bytes, memoryview], bool], most: int) -> int:
-        """Take the commands that are there while each is one that `now(cdb, data)` carries out, and
-        answer them GOOD; returns how many, `most` at most.
+    def execute(self, plain: Plain, most: int) -> int:
+        """Take the commands that are there while `plain` does so with each; returns how many,
+        `most` at most.
 
-        The first that is anything else, or has not exactly one piece of data, is left to `take`.
-        `now` must not keep `data`.  Raises RingError if the head makes no sense.
+        The first that it declines, or that has not exactly one piece of data, is left to `take`.
+        Raises RingError if the head or a piece makes no sense.
         """
         words, memory, start, size = self._words, self._memory, self._start, self._size
         head, taken = self._position(_HEAD), self._taken
@@ -138,16 +155,14 @@ class Ring:
                 break
             command_id, pieces, cdb, at, data_length = _ENTRY.unpack_from(memory, offset)
             end = at + data_length
-            if (
-                pieces != 1
-                or not offset <= cdb <= offset + length - CDB_FIELD
-                or at < start + size
-                or end > len(memory)
-            ):
+            if pieces != 1 or not offset <= cdb <= offset + length - CDB_FIELD:
                 break
+            if at < start + size or end > len(memory):
+                raise _outside(at, data_length)
             data = memory[at:end]
             try:
-                if not now(bytes(memory[cdb : cdb + CDB_FIELD]), data):
+                outcome = plain(command_id, bytes(memory[cdb : cdb + CDB_FIELD]), at, data)
+                if outcome == DECLINED:
                     break
             finally:
                 data.release()  # not dropped: an exception's frames may keep a reference
@@ -156,7 +171,9 @@ class Ring:
             if taken == size:
                 taken = 0
             self._taken = taken
-            if start + words[_TAIL] == offset:  # the oldest entry is its own
+            if outcome == BEGUN:
+                self.outstanding += 1
+            elif start + words[_TAIL] == offset:  # the oldest entry is its own
                 words[index + 1] = command_id
                 words[index + 2] = words[index + 3] = 0
                 words[_TAIL] = taken
@@ -210,10 +227,8 @@ class Ring:
         else:
             end = offset + _IOVS + 16 * iov_count
             iovs = tuple(_IOV.iter_unpack(memory[offset + _IOVS : end]))
-        cdb_length = CDB_LENGTHS[memory[cdb_offset] >> 5]
-        cdb = bytes(memory[cdb_offset : cdb_offset + cdb_length])
-        if cdb_length < CDB_FIELD:
-            cdb = cdb.ljust(CDB_FIELD, b"\0")
+        # Not beyond the entry: behind the ring may be pages that are not there.
+        cdb = padded(bytes(memory[cdb_offset : min(cdb_offset + CDB_FIELD, offset + length)]))
         return Command(words[at + 1] & 0xFFFF, cdb, iovs)
 
     def _task_management(self, offset: int, length: int) -> TaskManagement:
@@ -233,7 +248,7 @@ class Ring:
         Raises RingError if it is not inside the data area.
         """
         if offset < self._start + self._size or offset + length > len(self._memory):
-            raise RingError(f"data of {length} bytes at {offset}, outside of the data area")
+            raise _outside(offset, length)
         return self._memory[offset : offset + length]
 
     def gather(self, command: Command) -> bytes:

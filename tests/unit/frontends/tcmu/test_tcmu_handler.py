@@ -153,6 +153,15 @@ def test_a_storage_error_is_a_medium_error(rig: Rig) -> None:
     assert sense(rig.send(cdb10(READ, 8, 8)[:10], expect=4096)) == (3, 0x1100)
 
 
+def test_one_piece_outside_of_the_data_area_breaks_the_ring(rig: Rig) -> None:
+    at = 128 + rig.kernel.head
+    rig.kernel.command(cdb10(READ, 0, 8)[:10], expect=4096)
+    rig.kernel.words[(at + 48) // 4] = len(rig.kernel.memory) - 4095
+    rig.handler.process()
+    assert rig.handler.broken is not None
+    assert not rig.device.log
+
+
 class TestLater:
     """Commands that end outside of `process`."""
 
@@ -229,6 +238,18 @@ class TestLater:
         assert {a.status for a in rig.kernel.answers} == {8}
         assert rig.handler.ring.drained
         assert rig.device.complete() == 0
+
+    def test_a_piece_outside_of_the_data_area_breaks_the_ring_and_nobody_else(
+        self, rig: Rig
+    ) -> None:
+        rig.kernel.piece = 2048
+        at = 128 + rig.kernel.head
+        rig.kernel.command(cdb10(READ, 0, 8)[:10], expect=4096)
+        rig.kernel.words[(at + 48 + 16) // 4] = 8  # the second piece is in the mailbox
+        assert not rig.handler.process()
+        rig.device.complete()  # does not hear of it
+        assert rig.handler.broken is not None
+        assert rig.told == 1
 
     def test_closing_forgets_what_is_under_way(self, rig: Rig) -> None:
         self.start(rig, 2)
