@@ -165,13 +165,38 @@ class Attachment:
         """The disk may grow for other reasons than the kernel's: say so there."""
         while True:
             if self.device.size != self._told_size:
-                self._told_size = self.device.size
-                # It answers with the event of a change, which is none any more.
-                change = partial(self._kernel.set_attribute, self.uio, "dev_size", self._told_size)
-                with contextlib.suppress(PloopError):
-                    await self._in_thread(change)
+                await self._tell_size()
             else:
                 await self.device.wait_resized()
+
+    async def _tell_size(self) -> None:
+        """The kernel sends the event of a change then, which is none any more."""
+        kernel, uio = self._kernel, self.uio
+        self._told_size = size = self.device.size
+
+        def tell() -> None:
+            if kernel.attribute(uio, "dev_size") != str(size):
+                kernel.set_attribute(uio, "dev_size", size)
+
+        with contextlib.suppress(PloopError):
+            await self._in_thread(tell)
+
+    async def resize(self, size: int) -> None:
+        """Somebody gives the backstore another size.  Raises PloopError when the disk cannot have
+        it; the kernel, which may have believed it, is told then what size there is."""
+        self._told_size = size
+        device = self.device
+        try:
+            if size < device.size:
+                raise UsageError(
+                    f"the disk {device.name} has {device.size} bytes, and can only become larger",
+                    field="dev_size",
+                    value=size,
+                )
+            await device.grow(size)
+        except PloopError:
+            await self._tell_size()
+            raise
 
     def _set_up(self) -> None:
         kernel, uio = self._kernel, self.uio

@@ -425,13 +425,7 @@ class TcmuServer:
             )
         device = attachment.device
         if event.size is not None and event.size != device.size:
-            if event.size < device.size:
-                raise UsageError(
-                    f"the disk {device.name} has {device.size} bytes, and can only become larger",
-                    field="dev_size",
-                    value=event.size,
-                )
-            await device.grow(event.size)
+            await attachment.resize(event.size)
         if event.write_cache is not None and event.write_cache != device.unit.modes.write_cache:
             device.unit.modes.write_cache = event.write_cache
             device.unit.modes_changed(None)

@@ -76,6 +76,7 @@ def test_a_disk_grows_with_its_backstore_and_the_other_way_round(
         write_last(disk)
         put(made.path / "attrib/dev_size", SIZE)  # nobody waits for the answer
         wait_until(lambda: "can only become larger" in server.stderr, "the refusal")
+        wait_until(lambda: told_size(made) == LARGER + 64 * MIB, "what is true")
         assert size_after_rescan(disk) == LARGER + 64 * MIB
         with disk.open("rb", buffering=0) as file:
             assert file.read(3 * CLUSTER) == 3 * FIRST

@@ -77,9 +77,14 @@ async def test_a_larger_one_makes_the_disk_grow(rig: Rig, channel: Channel) -> N
     assert rig.disk.size == 2 * SIZE
 
 
-async def test_a_smaller_one_is_refused(rig: Rig, channel: Channel) -> None:
+async def test_a_smaller_one_is_refused_and_what_is_true_is_written(
+    rig: Rig, channel: Channel
+) -> None:
+    """The kernel has believed it already where nobody waits for an answer."""
+    rig.machine.set(1, "attrib/dev_size", SIZE // 2)
     assert await channel.resize(SIZE // 2) == -errno.EINVAL
     assert rig.disk.size == SIZE
+    assert rig.machine.value(1, "attrib/dev_size") == str(SIZE)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +98,9 @@ async def test_what_keeps_it_from_growing_is_the_writers_error(
     rig: Rig, channel: Channel, problem: StorageError | BusyError, number: int
 ) -> None:
     rig.disk.problem = problem
+    rig.machine.set(1, "attrib/dev_size", 2 * SIZE)
     assert await channel.resize(2 * SIZE) == -number
     assert rig.disk.size == SIZE
+    assert rig.machine.value(1, "attrib/dev_size") == str(SIZE)
     rig.disk.problem = None
     assert await channel.resize(2 * SIZE) == 0
