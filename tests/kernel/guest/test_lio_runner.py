@@ -16,6 +16,7 @@ from tests.kernel.guest.kernel_target import TargetcliShell, backstores, targetc
 from tests.kernel.guest.run import sh, wait_until
 from tests.support import images
 from tests.support.images import MIB
+from tests.support.serve import ServeProcess
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(120)]
 
@@ -124,6 +125,21 @@ def two_disks() -> list[Path]:
     )
 
 
+def restore_both(server: ServeProcess) -> None:
+    """Where ploopd is too late, which a busy machine with one CPU may cause, tcmu-runner's is there
+    all the same, and it is only to be repeated."""
+    for _ in range(5):
+        sh("/usr/bin/targetctl", "clear")
+        assert backstores() == []
+        said = sh("/usr/bin/targetctl", "restore")
+        if "Could not create StorageObject web" not in said:
+            assert backstores() == ["mail", "web"]
+            assert "web" not in said  # tcmu-runner's takes no attributes
+            return
+        assert backstores() == ["mail"]
+    pytest.fail(server.stderr)
+
+
 def test_clear_and_restore_beside_tcmu_runner(web: Path, scratch: Path) -> None:
     """Each has its own, whoever of the two the kernel asks first; then ploopd comes late."""
     mail = scratch / "mail.qcow2"
@@ -132,7 +148,7 @@ def test_clear_and_restore_beside_tcmu_runner(web: Path, scratch: Path) -> None:
         wait_until(lambda: "dbus-registered ok=True" in server.stderr, "the registration")
         with TargetcliShell() as shell:
             shell("/backstores/user:qcow", "create", "mail", "96M", str(mail))
-            assert "Created" in shell(PLOOP, "create", "web", "64M", "web")
+            wait_until(lambda: "Created" in shell(PLOOP, "create", "web", "64M", "web"), "web")
             for backstore, wwn in (("ploop/web", WWNS[0]), ("qcow/mail", WWNS[1])):
                 shell("/loopback", "create", wwn)
                 shell(f"/loopback/{wwn}/luns", "create", f"/backstores/user:{backstore}")
@@ -140,10 +156,7 @@ def test_clear_and_restore_beside_tcmu_runner(web: Path, scratch: Path) -> None:
         assert (waits("web"), waits("mail")) == ("-1", "1")
         content = write_both(two_disks())
         for _ in range(3):
-            sh("/usr/bin/targetctl", "clear")
-            assert backstores() == []
-            said = sh("/usr/bin/targetctl", "restore")
-            assert "web" not in said, said + server.stderr  # of its own it takes no attributes
+            restore_both(server)
             disks = two_disks()
             assert read_both(disks) == content
             content = write_both(disks)
@@ -155,7 +168,7 @@ def test_clear_and_restore_beside_tcmu_runner(web: Path, scratch: Path) -> None:
         assert backstores() == ["mail"]
         server.start()
         wait_until(lambda: server.stderr.count("dbus-registered") == 2, "the registration")
-        sh("/usr/bin/targetctl", "restore")
+        restore_both(server)
         assert read_both(two_disks()) == content
         sh("/usr/bin/targetctl", "clear")
         assert server.stop() == 0, server.stderr
