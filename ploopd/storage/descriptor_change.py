@@ -28,6 +28,8 @@ from ploopd.storage.format_errors import convert
 
 SUFFIX: Final = ".tmp"
 """What libploop adds to the descriptor's name while it writes a new one."""
+GROWTH_SUFFIX: Final = ".resize"
+"""For one with another size, which must stay until it has its name: see `interrupted_growth`."""
 
 
 Edit = Callable[[bytes], bytes]
@@ -37,23 +39,30 @@ Edit = Callable[[bytes], bytes]
 class DescriptorChange:
     """The change that `edit` makes, of a document that must stay as it is until `commit`.
 
-    `hint`: what to do when the file system refuses it.  Use: `check`, or `prepare` and `commit`,
-    with `discard` after a failure.
+    `hint`: what to do when the file system refuses it.  `suffix`: of the temporary name.  Use:
+    `check`, or `prepare` and `commit`, with `discard` after a failure.
     """
 
     def __init__(
-        self, descriptor: str, edit: Edit, *, hint: str | None = None, layer: OsLayer = REAL
+        self,
+        descriptor: str,
+        edit: Edit,
+        *,
+        hint: str | None = None,
+        suffix: str = SUFFIX,
+        layer: OsLayer = REAL,
     ) -> None:
         self.path = os.path.realpath(descriptor)
         self._edit = edit
         self._hint = hint
+        self._suffix = suffix
         self._layer = layer
         self._before: bytes | None = None
         self._prepared = False
 
     @property
     def _temporary(self) -> str:
-        return self.path + SUFFIX
+        return self.path + self._suffix
 
     def check(self) -> bool:
         """Whether anything is to be written; nothing is.  Raises like `prepare`, as far as that can
@@ -158,7 +167,7 @@ def finish_growth(descriptor: str, layer: OsLayer = REAL) -> None:
     """
     path = os.path.realpath(descriptor)
     try:
-        os.rename(path + SUFFIX, path)
+        os.rename(path + GROWTH_SUFFIX, path)
         sync_directory(os.path.dirname(path), layer)
     except OSError as error:
         raise _refused(error, path, None) from error
@@ -172,7 +181,7 @@ def interrupted_growth(descriptor: str, size_sectors: int) -> bool:
     """
     path = os.path.realpath(descriptor)
     try:
-        new = read_descriptor(path + SUFFIX)
+        new = read_descriptor(path + GROWTH_SUFFIX)
     except PloopError:
         return False
     try:
@@ -181,6 +190,12 @@ def interrupted_growth(descriptor: str, size_sectors: int) -> bool:
         )
     except FormatError as error:
         raise convert(error) from error
+
+
+def forget_growth(descriptor: str) -> None:
+    """Take away what a crash has left of growing an image that has kept its size."""
+    with contextlib.suppress(OSError):
+        os.unlink(os.path.realpath(descriptor) + GROWTH_SUFFIX)
 
 
 def sync_directory(directory: str, layer: OsLayer = REAL) -> None:

@@ -26,7 +26,11 @@ from ploopd.fileio.oslayer import REAL, OsLayer
 from ploopd.storage.bat_patch import write_entries
 from ploopd.storage.chain_files import DiskFiles
 from ploopd.storage.delta import require_sound
-from ploopd.storage.descriptor_change import DescriptorChange, finish_growth
+from ploopd.storage.descriptor_change import (
+    GROWTH_SUFFIX,
+    DescriptorChange,
+    finish_growth,
+)
 from ploopd.storage.grow_plan import Growth, Move, new_header_of, plan_growth
 from ploopd.storage.opener import (
     NO_SUBSTITUTES,
@@ -209,7 +213,7 @@ def _descriptor_change(files: DiskFiles, size: int, layer: OsLayer) -> Descripto
     edit = partial(
         with_size, size_sectors=sectors, geometry=chs_geometry(sectors), file=os.path.realpath(path)
     )
-    return DescriptorChange(path, edit, layer=layer)
+    return DescriptorChange(path, edit, suffix=GROWTH_SUFFIX, layer=layer)
 
 
 def _prepare(change: DescriptorChange | None) -> None:

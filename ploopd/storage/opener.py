@@ -36,7 +36,11 @@ from ploopd.storage.bat_writer import BatWriter
 from ploopd.storage.chain_files import DiskFiles, ImageFile, locate
 from ploopd.storage.core import Core, Source
 from ploopd.storage.delta import Delta
-from ploopd.storage.descriptor_change import finish_growth, interrupted_growth
+from ploopd.storage.descriptor_change import (
+    finish_growth,
+    forget_growth,
+    interrupted_growth,
+)
 from ploopd.storage.identity import load_identity
 from ploopd.storage.mapping import ClusterMap
 from ploopd.storage.probe import ImageFormat, probe_format
@@ -301,7 +305,10 @@ def _half_grown(files: DiskFiles, stack: Stack) -> bool:
 
 def finish_descriptor(files: DiskFiles, stack: Stack, layer: OsLayer = REAL) -> None:
     """Finish what a crash has left of growing the image; where that cannot be, it is noted."""
-    if files.size is None or files.size == stack.size:
+    if files.size is None:
+        return
+    if files.size == stack.size:
+        forget_growth(files.path)
         return
     try:
         finish_growth(files.path, layer)

@@ -54,7 +54,7 @@ def make_chain(directory: Path) -> Path:
 def kill_one(directory: Path, number: int) -> tuple[bool, list[str]]:
     """Serve, resize, kill after call `number`; whether the resize had ended before, and the
     calls."""
-    names = ("DiskDescriptor.xml", "DiskDescriptor.xml.tmp", "top.hds", "base.hds")
+    names = ("DiskDescriptor.xml", "DiskDescriptor.xml.resize", "top.hds", "base.hds")
     paths = [directory, *(directory / name for name in names)]
     log = directory.parent / "strace.log"
     log.unlink(missing_ok=True)

@@ -363,3 +363,35 @@ async def test_one_that_hangs_leaves_the_device_in_standby_and_the_files_locked(
                 except PloopError:
                     await trio.sleep(0.02)
         assert device.size == LARGE
+
+
+@pytest.mark.trio
+async def test_a_replace_does_not_lose_the_descriptor_of_a_growth_that_was_cut(
+    tmp_path: Path, faulty: FaultyOs
+) -> None:
+    """The image has grown and its descriptor waits for its name, when another file takes over."""
+    descriptor = chain(tmp_path)
+    waiting = tmp_path / "DiskDescriptor.xml.resize"
+    async with serving(faulty) as served:
+        device = await served.add(descriptor)
+        old = descriptor.read_bytes()
+
+        def cut(record: StepRecord) -> None:
+            if record.step is Step.GROW:
+                descriptor.rename(waiting)
+                descriptor.write_bytes(old)
+                faulty.add(Fault(op="open", path="*.hds", count=None, error=errno.EIO))
+
+        with pytest.raises(PloopError):
+            await resize(device, LARGE, on_step=cut)
+        faulty.clear()
+        assert state(device) is GateState.STANDBY
+        copy = str(copy_of(tmp_path / "top.hds"))
+        with pytest.raises(PloopError, match="try again"):
+            await replace(device, copy, force=True)
+        await replace(device, copy, force=True)
+        assert (state(device), device.size) == (GateState.ACTIVE, LARGE)
+        assert not waiting.exists()
+    said = parse_descriptor(descriptor.read_bytes())
+    assert said.disk_size_sectors == LARGE // 512
+    assert "copy-of-top.hds" in [image.file for image in said.storages[0].images]

@@ -202,7 +202,7 @@ def test_only_the_top_of_a_chain_grows_and_the_descriptor_with_it(tmp_path: Path
     assert said.cylinders * said.heads * said.sectors <= LARGE // 512
     assert b"<!-- mine -->" in document
     assert descriptor.stat().st_mode & 0o777 == 0o640
-    assert not (tmp_path / "DiskDescriptor.xml.tmp").exists()
+    assert not (tmp_path / "DiskDescriptor.xml.resize").exists()
     require_clean(tmp_path)
     assert content_of(tmp_path, 2 * SIZE)[1] == flat(SIZE, lower, top) + bytes(SIZE)
 
@@ -312,7 +312,7 @@ WAYS_TO_HAVE_NO_ROOM = {
     "for the copies": Fault(op="write", path="*.hds", nth=3, error=errno.ENOSPC),
     "when the copies are synced": Fault(op="fsync", path="*.hds", nth=2, error=errno.ENOSPC),
     "for the zeros": Fault(op="write", path="*.hds", nth=6, error=errno.EDQUOT),
-    "for the descriptor": Fault(op="write", path="*.tmp", error=errno.ENOSPC),
+    "for the descriptor": Fault(op="write", path="*.resize", error=errno.ENOSPC),
 }
 
 
@@ -326,7 +326,7 @@ def test_without_room_the_image_is_closed_sound_and_grows_later(tmp_path: Path, 
     assert WAYS_TO_HAVE_NO_ROOM[way].hits == 1
     assert caught.value.errno in (errno.ENOSPC, errno.EDQUOT)
     assert not header_of(tmp_path / "top.hds").unclean
-    assert not (tmp_path / "DiskDescriptor.xml.tmp").exists()
+    assert not (tmp_path / "DiskDescriptor.xml.resize").exists()
     assert all(not report.corruptions for report in check_all(tmp_path))
     assert content_of(tmp_path, SIZE) == (SIZE, flat(SIZE, top))
     grow_image(tmp_path, LARGE)
@@ -359,7 +359,7 @@ def test_a_storage_that_fails_leaves_a_sound_image_marked_as_in_use(
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     make_chain(tmp_path, SIZE, {}, {})
-    layer = FaultyOs(Fault(op="open", path="*.tmp", error=errno.EROFS))
+    layer = FaultyOs(Fault(op="open", path="*.resize", error=errno.EROFS))
     with pytest.raises(ReadOnlyError, match="DiskDescriptor"):
         grow_image(tmp_path, LARGE, layer=layer)
     assert not header_of(tmp_path / "top.hds").unclean

@@ -104,6 +104,7 @@ async def require_whole(directory: Path, content: bytes) -> int:
             await disk.write(disk.size - 512, b"\x77" * 512)
     for report in check_all(directory):
         assert report.corruptions == 0, report.details
+    assert not (directory / "DiskDescriptor.xml.resize").exists()
     said = parse_descriptor((directory / "DiskDescriptor.xml").read_bytes())
     assert said.disk_size_sectors == said.storages[0].end_sectors == before // 512
     return before
@@ -143,7 +144,7 @@ def test_a_document_that_says_something_else_does_not_excuse_the_old_one(tmp_pat
     descriptor = tmp_path / "DiskDescriptor.xml"
     old = descriptor.read_bytes()
     grow_image(tmp_path, LARGE)
-    descriptor.rename(tmp_path / "DiskDescriptor.xml.tmp")
+    descriptor.rename(tmp_path / "DiskDescriptor.xml.resize")
     descriptor.write_bytes(old.replace(b"base.hds", b"top2.hds"))
     with pytest.raises(PloopError):
         grow_image(tmp_path, 2 * LARGE)
@@ -154,11 +155,11 @@ def test_what_was_interrupted_is_finished_by_the_next_growth(tmp_path: Path) -> 
     descriptor = tmp_path / "DiskDescriptor.xml"
     old = descriptor.read_bytes()
     grow_image(tmp_path, LARGE)
-    descriptor.rename(tmp_path / "DiskDescriptor.xml.tmp")
+    descriptor.rename(tmp_path / "DiskDescriptor.xml.resize")
     descriptor.write_bytes(old)
     assert grow_image(tmp_path, LARGE).previous == LARGE
     assert parse_descriptor(descriptor.read_bytes()).disk_size_sectors == LARGE // 512
-    assert not (tmp_path / "DiskDescriptor.xml.tmp").exists()
+    assert not (tmp_path / "DiskDescriptor.xml.resize").exists()
 
 
 def test_a_lock_is_held_while_an_image_grows(tmp_path: Path) -> None:
