@@ -322,7 +322,7 @@ class Attachment:
                 return
             turn += handler.taken or 1
             # The initiator often has its next command there when `tell` comes back.
-            if ring.waiting and not handler.busy and turn < TURN:
+            if ring.waiting and not ring.outstanding and turn < TURN:
                 continue
             if not file.acknowledge():
                 return  # the device was removed

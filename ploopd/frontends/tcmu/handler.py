@@ -84,14 +84,15 @@ class Handler:
         of answers.  Sets `broken` when the ring is not what it should be."""
         ring = self.ring
         self._inside = True
+        ring.moved = False
         try:
-            before = ring.tail
             taken = ring.execute(self._plain, BATCH)
-            if ring.waiting:
+            if ring.declined:
                 taken += self._process_others(BATCH - taken)
-            self._nexus.kick()
+            elif ring.outstanding:
+                self._nexus.kick()
             self.taken = taken
-            return ring.tail != before
+            return ring.moved
         except RingError as error:
             self.broken = error
             return True
@@ -111,6 +112,7 @@ class Handler:
             left -= 1 + ring.execute(self._plain, left - 1)
             if not ring.waiting:
                 break
+        self._nexus.kick()
         ring.settle()
         return most - left
 

@@ -97,9 +97,23 @@ class Ring:
 
     Raises RingError for a mailbox of another version or with impossible numbers.  `close` lets go
     of `memory`; it must be called before the mapping is closed.
+
+    `outstanding`: commands that were taken and are not answered.  `moved`: the kernel has something
+    to look at; whoever tells it sets that to False.  `declined`: the last `execute` has left an
+    entry to `take`.
     """
 
-    __slots__ = ("_memory", "_size", "_start", "_taken", "_words", "flags", "outstanding")
+    __slots__ = (
+        "_memory",
+        "_size",
+        "_start",
+        "_taken",
+        "_words",
+        "declined",
+        "flags",
+        "moved",
+        "outstanding",
+    )
 
     def __init__(self, memory: memoryview) -> None:
         if len(memory) < MAILBOX.size + 128:
@@ -111,6 +125,8 @@ class Ring:
             raise RingError(f"ring of {size} bytes at {start} in a mapping of {len(memory)}")
         self.flags: int = flags
         self.outstanding = 0
+        self.moved = False
+        self.declined = False
         self._start: int = start
         self._size: int = size
         self._memory = memory
@@ -145,8 +161,11 @@ class Ring:
         Raises RingError if the head or a piece makes no sense.
         """
         words, memory, start, size = self._words, self._memory, self._start, self._size
-        head, taken = self._position(_HEAD), self._taken
+        head, taken = words[_HEAD], self._taken
+        if head >= size or head & 7:
+            self._position(_HEAD)  # raises
         done = 0
+        self.declined = True
         while taken != head and done < most:
             offset = start + taken
             index = offset >> 2
@@ -167,19 +186,18 @@ class Ring:
             finally:
                 data.release()  # not dropped: an exception's frames may keep a reference
             done += 1
-            taken += length
-            if taken == size:
-                taken = 0
-            self._taken = taken
-            if outcome == BEGUN:
-                self.outstanding += 1
-            elif start + words[_TAIL] == offset:  # the oldest entry is its own
+            self._taken = taken = (taken + length) % size
+            if outcome == DONE and start + words[_TAIL] == offset:  # the oldest entry is its own
                 words[index + 1] = command_id
                 words[index + 2] = words[index + 3] = 0
                 words[_TAIL] = taken
+                self.moved = True
             else:
                 self.outstanding += 1
-                self.answer(command_id, 0)
+                if outcome == DONE:
+                    self.answer(command_id, 0)
+        else:
+            self.declined = False
         return done
 
     def take(self, most: int = 1 << 30) -> Iterator[Command | TaskManagement]:
@@ -300,6 +318,7 @@ class Ring:
                 SENSE_LENGTH, b"\0"
             )
         words[_TAIL] = (tail + (words[at] & ~_OPCODE)) % self._size
+        self.moved = True
 
     def settle(self) -> None:
         """Step over entries that need no answer; to be called when a batch has been worked on."""
@@ -307,6 +326,7 @@ class Ring:
         behind = self._skip(tail)
         if behind != tail:
             self._words[_TAIL] = behind
+            self.moved = True
 
     def _skip(self, position: int) -> int:
         """The next command's entry from `position` on, or what was taken last."""
