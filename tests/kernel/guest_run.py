@@ -49,16 +49,20 @@ class _Guest:
         return status
 
     def stop(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGTERM)
+        """The whole session, not only its first process group: timeout(1) has one of its own, and
+        is who ends the guest."""
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(ProcessLookupError):
+                if entry.name.isdecimal() and os.getsid(int(entry.name)) == self.process.pid:
+                    os.kill(int(entry.name), signal.SIGTERM)
         self.process.wait()
 
 
-def _boot(name: str, tests: list[str], cpu: int, *, beside: bool) -> _Guest:
+def _boot(name: str, tests: list[str], *, cpu: int, memory: str, beside: bool) -> _Guest:
     out = OUT / name
     out.mkdir(parents=True, exist_ok=True)
     (out / "junit.xml").unlink(missing_ok=True)
-    command = [str(HERE / "run.sh"), "-t", str(TIMEOUT), "-o", str(out), "--"]
+    command = [str(HERE / "run.sh"), "-m", memory, "-t", str(TIMEOUT), "-o", str(out), "--"]
     command += [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no"]
     command += ["--durations=10", "-m", "kernel", "--junitxml=/out/junit.xml", *tests]
     # What Python compiles is kept for the next process, in memory.
@@ -88,8 +92,9 @@ class GuestRun:
         others = ["--ignore-glob", str(TESTS / KERNEL_TARGET), str(TESTS)]
         kernel_target = [str(path) for path in sorted(TESTS.glob(KERNEL_TARGET))]
         self._guests = [
-            _boot("lio", kernel_target, cpus[-1], beside=beside),
-            _boot("disks", others, cpus[0], beside=True),
+            # 64 devices at once have rings of 8 MiB each.
+            _boot("lio", kernel_target, cpu=cpus[-1], memory="2G", beside=beside),
+            _boot("disks", others, cpu=cpus[0], memory="1G", beside=True),
         ]
 
     def finish(self) -> list[int]:

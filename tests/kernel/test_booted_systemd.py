@@ -14,7 +14,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OUT = Path(os.environ.get("PLOOPD_TEST_OUT", ROOT / "out")) / "kernel" / "booted"
-TIMEOUT = 200
+TIMEOUT = 400
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * TIMEOUT + 40)]
 
@@ -23,7 +23,8 @@ def boot(test: str) -> list[ElementTree.Element]:
     """Start the machine and run one file of tests as a service of it; the cases that ran."""
     junit = OUT / f"{test}.xml"
     junit.unlink(missing_ok=True)
-    guest = [str(HERE / "run.sh"), "-i", "systemd", "-t", str(TIMEOUT), "-o", str(OUT), "--"]
+    guest = [str(HERE / "run.sh"), "-i", "systemd", "-m", "1G"]
+    guest += ["-t", str(TIMEOUT), "-o", str(OUT), "--"]
     pytest_command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no"]
     pytest_command += ["-m", "kernel", f"--junitxml=/out/{test}.xml"]
     command = [*guest, *pytest_command, str(HERE / "booted" / f"{test}.py")]

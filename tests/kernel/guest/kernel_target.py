@@ -62,9 +62,6 @@ class Served(ServeProcess):
             )
         return subprocess.CompletedProcess(words, code, stdout, stderr)
 
-    def ctl_as_a_program(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return super().ctl(*arguments)
-
 
 def serve(*images: Path, directory: Path, options: tuple[str, ...] = ()) -> Served:
     """A daemon that is the handler of user:ploop; the kernel's target has port 3260."""
