@@ -13,7 +13,7 @@ import pytest
 
 from tests.kernel.conftest import IN_GUEST
 from tests.kernel.guest import kernel_target
-from tests.kernel.guest.run import sh, wait_until
+from tests.kernel.guest.run import can_be_opened, sh, wait_until
 from tests.support.serve import ServedUrl
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -34,7 +34,7 @@ class OpenIscsi:
 
         def disk_is_there() -> bool:
             found[:] = [Path("/dev") / name for name in self._disks(url)]
-            return bool(found) and found[0].exists()
+            return bool(found) and can_be_opened(found[0])
 
         wait_until(disk_is_there, f"the disk of {url}")
         return found[0]

@@ -16,7 +16,7 @@ import pytest
 
 from ploopd.cli.errors import run_to_code
 from ploopd.cli.ploopctl import cli as ploopctl
-from tests.kernel.guest.run import sh, wait_until
+from tests.kernel.guest.run import can_be_opened, sh, wait_until
 from tests.support.serve import ServeProcess
 
 CONFIGFS = Path("/sys/kernel/config/target")
@@ -148,7 +148,7 @@ def loop_disks() -> list[Path]:
         for block in Path("/sys/block").iterdir()
         if "tcm_loop" in os.path.realpath(block)
     ]
-    return sorted(disk for disk in disks if disk.exists())
+    return sorted(disk for disk in disks if can_be_opened(disk))
 
 
 def backstores() -> list[str]:

@@ -34,6 +34,15 @@ def wait_until(condition: object, what: str, seconds: float = 20) -> None:
         time.sleep(0.05)
 
 
+def can_be_opened(disk: Path) -> bool:
+    """Its node is there a moment before the kernel lets anybody open the disk (ENXIO)."""
+    try:
+        os.close(os.open(disk, os.O_RDONLY | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
+
+
 def disk_digest(disk: Path) -> str:
     """The digest of a disk, as `oracles.digest` has it, in half the time: past the page cache."""
     hasher = hashlib.sha256()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tests.kernel.guest.conftest import OpenIscsi
-from tests.kernel.guest.run import sh, wait_until
+from tests.kernel.guest.run import can_be_opened, sh, wait_until
 from tests.support.serve import ServedUrl
 
 TARGET = Path("/sys/kernel/config/target")
@@ -163,7 +163,7 @@ def wait_for_disk(before: set[Path]) -> Path:
     def there() -> bool:
         new = set(Path("/sys/block").iterdir()) - before
         found[:] = [each.name for each in new if each.name.startswith("sd")]
-        return bool(found) and Path("/dev", found[0]).exists()
+        return bool(found) and can_be_opened(Path("/dev", found[0]))
 
     wait_until(there, "the disk")
     return Path("/dev", found[0])
