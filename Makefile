@@ -10,6 +10,8 @@
 #   make bench-kernel  ploopd and tcmu-runner under the kernel's target, in the guest
 #   make install       the program, its units, manual and completion into PREFIX=/usr/local [DESTDIR=…];
 #                      make install-data only what is not the program, make uninstall the opposite
+#   make compiled      compile the request path; run, test and bench do so, where there is a compiler
+#   make interpreted   run it from its sources
 #   make setup         the virtual environment for all of them; make clean removes it
 
 SHELL := /bin/bash
@@ -18,6 +20,7 @@ BIN := $(VENV)/bin
 # Debian's python3 is built with profile-guided optimisation; others found in PATH often are not.
 PYTHON ?= $(shell test -x /usr/bin/python3 && echo /usr/bin/python3 || command -v python3 || echo python3)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+COMPILE := $(BIN)/python tools/compile_modules.py
 IMAGE ?=
 PORTAL ?=
 PYTEST_ARGS ?=
@@ -30,23 +33,33 @@ INSTALL = DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' SYSCONFDIR='$(SYSCONFDIR)' LOC
 	BINDIR='$(BINDIR)' EXTRAS='$(EXTRAS)' PYTHON='$(PYTHON)' tools/install
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test kernel check torture demo-standby bench bench-kernel clean install install-data uninstall
+.PHONY: help setup compiled interpreted run test kernel check torture demo-standby bench bench-kernel clean install install-data uninstall
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
 setup: $(VENV)/.stamp-test $(VENV)/.stamp-targetcli
 
+compiled: $(VENV)/.stamp-run
+	@$(COMPILE)
+
+interpreted: $(VENV)/.stamp-run
+	@$(COMPILE) --remove
+
 run: $(VENV)/.stamp-run
+	@$(COMPILE)
 	@exec $(BIN)/python -m ploopd.demo $(if $(PORTAL),--portal '$(PORTAL)') $(if $(IMAGE),"$$IMAGE")
 
 test: $(VENV)/.stamp-test $(VENV)/.stamp-targetcli
+	@$(COMPILE)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 kernel: $(VENV)/.stamp-test $(VENV)/.stamp-targetcli
+	@$(COMPILE)
 	$(BIN)/python -m pytest tests/kernel $(PYTEST_ARGS)
 
 check: $(VENV)/.stamp-test
+	@$(COMPILE) --tidy
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
@@ -54,15 +67,19 @@ check: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest -q -m "not slow and not functional and not kernel" tests/unit
 
 torture: $(VENV)/.stamp-test
+	@$(COMPILE)
 	$(BIN)/python -m tests.torture $(TORTURE_ARGS)
 
 demo-standby: $(VENV)/.stamp-demo
+	@$(COMPILE)
 	@$(BIN)/python -m tests.demo.standby $(DEMO_ARGS)
 
 bench: $(VENV)/.stamp-bench
+	@$(COMPILE)
 	$(BIN)/python -m bench $(BENCH_ARGS)
 
 bench-kernel: $(VENV)/.stamp-test
+	@$(COMPILE)
 	PLOOPD_IN_GUEST=1 PYTHONDONTWRITEBYTECODE=1 tests/kernel/run.sh -t 600 -o out/kernel -- \
 	    $(abspath $(BIN))/python -m bench.guest $(BENCH_ARGS)
 
@@ -77,6 +94,7 @@ uninstall:
 	@$(INSTALL) uninstall
 
 clean:
+	-tools/compile_modules.py --remove
 	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -84,13 +102,13 @@ clean:
 $(VENV)/.stamp-run: pyproject.toml Makefile tools/packages
 	PYTHON='$(PYTHON)' tools/packages run
 	$(call make_venv)
-	$(PIP) install --editable .
+	$(PIP) install --editable '.[compile]'
 	@touch $@
 
 $(VENV)/.stamp-test: pyproject.toml Makefile tools/packages
 	PYTHON='$(PYTHON)' tools/packages run test
 	$(call make_venv)
-	$(PIP) install --editable '.[test,dev,bench]'
+	$(PIP) install --editable '.[test,dev,bench,compile]'
 	@touch $@ $(VENV)/.stamp-run $(VENV)/.stamp-demo
 
 # Without it one test is skipped, and says so; it is tried again next time.
@@ -100,7 +118,7 @@ $(VENV)/.stamp-targetcli: tests/kernel/targetcli.txt tools/targetcli $(VENV)/.st
 $(VENV)/.stamp-demo: pyproject.toml Makefile tools/packages
 	PYTHON='$(PYTHON)' tools/packages run demo
 	$(call make_venv)
-	$(PIP) install --editable '.[test,bench]'
+	$(PIP) install --editable '.[test,bench,compile]'
 	@touch $@ $(VENV)/.stamp-run
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-test

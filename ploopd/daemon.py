@@ -34,6 +34,7 @@ from ploopd.device_table import DeviceTable
 from ploopd.devices import Device, Environment
 from ploopd.errors import ExitCode, PloopError, UnsupportedError
 from ploopd.fileio.engine import IoEngine, make_engine
+from ploopd.frontends.iscsi import fast_path
 from ploopd.frontends.iscsi.config import format_address
 from ploopd.frontends.iscsi.server import IscsiServer
 from ploopd.gate.events import Event, EventKind
@@ -111,11 +112,16 @@ async def serve_images(
     log.info("event=stopped")
 
 
+def request_path() -> str:
+    """What runs it: "compiled" or "interpreted" (docs/decisions/compiled.md)."""
+    return "interpreted" if (fast_path.__file__ or "").endswith(".py") else "compiled"
+
+
 @asynccontextmanager
 async def _running_engine(config: ServeConfig) -> AsyncIterator[IoEngine]:
     """The I/O engine with its task; the last thing to end, because closing needs it."""
     engine = make_engine(config.engine)
-    log.info("event=io-engine kind=%s", engine.kind)
+    log.info("event=io-engine kind=%s request_path=%s", engine.kind, request_path())
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(engine.run)

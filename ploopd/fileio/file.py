@@ -68,14 +68,14 @@ class File:
         self._backend = _backend(opened, engine)
         buffers = BufferPool() if engine is None else engine.buffers
         self._queue = OperationQueue(self.path, self._backend, buffers)
-        self._inline = _inline(opened)
+        self._inline_io = _inline_io(opened)
         self._lane = _lane(opened, engine, self._backend)
         self._view = _view(opened)
         self._closed = False
-        self.try_read: Callable[[memoryview, int], bool] = self._inline.try_read
+        self.try_read: Callable[[memoryview, int], bool] = self._inline_io.try_read
         """`try_read(buffer, offset)`: fill `buffer` now and return True, or return False: then use
         `read`.  Raises `StorageError` for what the storage answered."""
-        self.try_write: Callable[[memoryview, int], bool] = self._inline.try_write
+        self.try_write: Callable[[memoryview, int], bool] = self._inline_io.try_write
         """`try_write(buffer, offset)`: write all of `buffer` now and return True, or return False:
         then use `write`, with all of it."""
         self.try_view: TryView = no_view if self._view is None else self._view.try_view
@@ -338,7 +338,7 @@ class File:
             self._view.close()
         self.begin = no_lane
         self._direct_fd = None
-        self.fd = self._inline.fd = -1
+        self.fd = self._inline_io.fd = -1
         return descriptors
 
 
@@ -351,7 +351,7 @@ def _backend(opened: Opened, engine: IoEngine | None) -> Backend:
     return LayerBackend(engine, opened.fd, opened.layer, opened.direct_fd)
 
 
-def _inline(opened: Opened) -> InlineIo:
+def _inline_io(opened: Opened) -> InlineIo:
     inline: InlineIo
     match opened.policy:
         case Policy.INLINE:

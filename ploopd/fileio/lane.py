@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from mypy_extensions import mypyc_attr
+
 from ploopd.fileio.backends import EngineBackend
 from ploopd.fileio.buffers import Buffer
 from ploopd.fileio.ring_engine import RingEngine
@@ -27,6 +29,7 @@ MOST_BYTES = 8 << 20
 """Bytes of them."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class LaneOperation:
     """A read into, or a write from, all of `buffer`, whose memory the kernel uses directly.
 
@@ -95,7 +98,9 @@ class FileLane:
 
     def operations(self) -> Iterator[LaneOperation]:
         """Those in the lane; they may be promoted meanwhile."""
-        return (each for each in self._engine.lane_operations() if each.file is self)
+        for each in self._engine.lane_operations():
+            if each.file is self:
+                yield each
 
     def close(self) -> None:
         """Have everything adopted, take nothing more."""

@@ -195,11 +195,11 @@ class RingEngine:
         self._watch.forget(fd)
         dropped = [entry for entry in self._backlog if file_of(entry) == fd]
         if dropped:
-            self._backlog = deque(entry for entry in self._backlog if file_of(entry) != fd)
+            self._backlog = deque([entry for entry in self._backlog if file_of(entry) != fd])
         for entry in dropped:
             _, _, callback = self._operations.pop(entry[5])
             self._results.post(callback, -errno.ECANCELED)
-        if any(file_of(entry) == fd for entry, _, _ in self._operations.values()):
+        if fd in [file_of(entry) for entry, _, _ in self._operations.values()]:
             self._submit_control(Opcode.ASYNC_CANCEL, fd, 0, 0, CANCEL_ALL_OF_FD, None, _ignore)
 
     def _submit_control(

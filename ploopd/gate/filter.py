@@ -215,6 +215,7 @@ class Gate:
         return self._device.extents(offset, length)
 
     def kick(self) -> None:
+        self.lane.kicked()
         self._device.kick()
 
     # -- front ends ------------------------------------------------------------------------
@@ -475,20 +476,12 @@ class Gate:
             self.report(EventKind.LATCHED, error=str(error))
 
     def _read_only(self, request: Request) -> StorageError:
-        return StorageError(
-            errno.EROFS,
-            request.op.value,
-            offset=request.offset,
-            message=f"{self.name} is read-only after a storage failure ({self._latch})",
-        )
+        why = f"{self.name} is read-only after a storage failure ({self._latch})"
+        return StorageError(errno.EROFS, request.op.value, offset=request.offset, message=why)
 
     def _no_storage(self, request: Request) -> StorageError:
-        return StorageError(
-            errno.EIO,
-            request.op.value,
-            offset=request.offset,
-            message=f"{self.name} has no working storage ({self._cause})",
-        )
+        why = f"{self.name} has no working storage ({self._cause})"
+        return StorageError(errno.EIO, request.op.value, offset=request.offset, message=why)
 
     def _fuse_changed(self, state: StandbyState) -> None:
         """A fuse was put in or taken out."""

@@ -18,7 +18,17 @@ from ploopd.storage.lane import Lane, LaneRequest, lane_of
 class GateLane:
     """`Lane` of a gate.  `reads`, `writes`: whether the gate lets them through now."""
 
-    __slots__ = ("_below", "_busy", "_clock", "_queue", "first", "reads", "usable", "writes")
+    __slots__ = (
+        "_below",
+        "_busy",
+        "_clock",
+        "_now",
+        "_queue",
+        "first",
+        "reads",
+        "usable",
+        "writes",
+    )
 
     def __init__(
         self, queue: RequestQueue, device: BlockDevice, clock: Callable[[], float]
@@ -26,6 +36,7 @@ class GateLane:
         self._queue = queue
         self._busy = queue.busy
         self._clock = clock
+        self._now = -1.0
         self.reads = self.writes = False
         self._below: Lane
         self.put_on(device)
@@ -52,8 +63,15 @@ class GateLane:
                 return False
             busy.add(request)
         queue.sequence = request.sequence = queue.sequence + 1
-        request.admitted_at = self._clock()
+        now = self._now
+        if now < 0:
+            self._now = now = self._clock()
+        request.admitted_at = now
         return True
+
+    def kicked(self) -> None:
+        """A batch has ended: what begins from now on was admitted later."""
+        self._now = -1.0
 
     def ended(self, request: LaneRequest) -> None:
         if request.writing:

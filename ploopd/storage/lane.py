@@ -6,12 +6,15 @@ piece of one file without an object of its own (`ploopd.fileio.lane`).
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol
+
+from mypy_extensions import mypyc_attr
 
 from ploopd.fileio.lane import LaneOperation
 from ploopd.storage.device import BlockDevice, Done, Pending
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class LaneRequest(LaneOperation):
     """A read or write of `length` bytes at byte `offset` of the disk.
 
@@ -60,14 +63,6 @@ class Lane(Protocol):
     def __len__(self) -> int: ...
 
 
-@runtime_checkable
-class HasLane(Protocol):
-    """A block device with a lane."""
-
-    @property
-    def lane(self) -> Lane: ...
-
-
 class NoLane:
     """The lane of a device that has none."""
 
@@ -94,4 +89,5 @@ class NoLane:
 
 def lane_of(device: BlockDevice) -> Lane:
     """The lane of a device, a closed one if it has none."""
-    return device.lane if isinstance(device, HasLane) else NoLane()
+    lane: Lane | None = getattr(device, "lane", None)
+    return NoLane() if lane is None else lane

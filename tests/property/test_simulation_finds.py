@@ -18,6 +18,7 @@ from ploopd.gate.release import ReleaseOrder
 from ploopd.gate.room import Room
 from ploopd.gate.state import GateState
 from scst_shim import QueueFlags
+from tests.support import interpreted
 from tests.support.virtual.choices import seeded
 from tests.support.virtual.play import problem
 
@@ -320,11 +321,21 @@ def says_that_a_storage_is_full_each_time(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Room, "exhausted", wrong)
 
 
-@pytest.mark.parametrize("name", BREAKS)
-def test_a_gate_that(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def a_gate_that(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     BREAKS[name](monkeypatch)
     found = next((seed for seed in range(ENOUGH) if problem(seeded(seed))), None)
     assert found is not None, f"{ENOUGH} episodes say that nothing is wrong"
     print(f"found by seed {found}: {problem(seeded(found))}")
     monkeypatch.undo()
     assert not problem(seeded(found))  # it is the mistake that was found
+
+
+if interpreted.compiled():
+
+    @pytest.mark.timeout(600)
+    def test_gates_that_make_these_mistakes() -> None:
+        """In the sources: methods of compiled classes cannot be replaced."""
+        interpreted.again(__file__)
+
+else:
+    test_a_gate_that = pytest.mark.parametrize("name", BREAKS)(a_gate_that)

@@ -110,7 +110,7 @@ class Budget:
     def forget(self, command: Command) -> None:
         """The command has ended while it waited."""
         if self._waiting:
-            self._waiting = deque(entry for entry in self._waiting if entry[0] is not command)
+            self._waiting = deque([entry for entry in self._waiting if entry[0] is not command])
         self.release(command)
 
 

@@ -181,10 +181,10 @@ class Ring:
             data = memory[at:end]
             try:
                 outcome = plain(command_id, bytes(memory[cdb : cdb + CDB_FIELD]), at, data)
-                if outcome == DECLINED:
-                    break
             finally:
                 data.release()  # not dropped: an exception's frames may keep a reference
+            if outcome == DECLINED:
+                break
             done += 1
             self._taken = taken = (taken + length) % size
             if outcome == DONE and start + words[_TAIL] == offset:  # the oldest entry is its own
@@ -271,7 +271,7 @@ class Ring:
 
     def gather(self, command: Command) -> bytes:
         """A copy of the data that came with `command`."""
-        return b"".join(self.piece(offset, length) for offset, length in command.iovs)
+        return b"".join([self.piece(offset, length) for offset, length in command.iovs])
 
     def scatter(self, command: Command, data: memoryview | bytes) -> int:
         """Fill the command's data with `data`, and what is left of it with zeros; returns how many

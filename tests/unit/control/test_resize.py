@@ -18,6 +18,7 @@ from ploopd.errors import BusyError, PloopError, ReadOnlyError, StorageError, Us
 from ploopd.fileio.faults import Fault, FaultyOs
 from ploopd.gate.events import EventKind
 from ploopd.gate.state import GateState
+from ploopd.scsi.target import Target
 from ploopd.scsi.unit_attention import UnitAttention
 from ploopd.storage.check import check_all
 from ploopd.storage.grow import PlannedGrowth
@@ -34,18 +35,20 @@ def state(device: Device) -> GateState:
 
 
 class Watcher:
-    """A nexus of the unit, as far as attentions are concerned."""
+    """An initiator of the unit, that asks what attentions are pending."""
 
     def __init__(self, device: Device) -> None:
-        self.attentions: list[UnitAttention] = []
-        self.refreshed = 0
-        device.unit.itls.append(self)  # type: ignore[arg-type]
+        target = Target("iqn.2026-11.org.example:watched")
+        target.add_unit(0, device.unit)
+        itl = target.open_nexus("i", "t").itl(0)
+        assert itl is not None
+        self._itl = itl
+        assert self.attentions == [UnitAttention.POWER_ON]
 
-    def establish(self, attention: UnitAttention) -> None:
-        self.attentions.append(attention)
-
-    def refresh(self) -> None:
-        self.refreshed += 1
+    @property
+    def attentions(self) -> list[UnitAttention]:
+        """Those that came since the last time."""
+        return list(iter(self._itl.take_attention, None))
 
 
 async def fill(device: Device) -> VerifiedLoad:

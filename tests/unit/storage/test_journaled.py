@@ -10,7 +10,7 @@ from ploopd.errors import StorageError
 from ploopd.storage.device import Done, Pending
 from ploopd.storage.journal import RECORD_OVERHEAD, Journal
 from ploopd.storage.journaled import JournaledDevice
-from ploopd.storage.lane import HasLane, LaneRequest
+from ploopd.storage.lane import LaneRequest
 from ploopd.storage.replay import replay
 from tests.support.lane_device import LaneMemoryDevice
 from tests.support.memory_device import Completion, MemoryDevice, pattern
@@ -307,7 +307,6 @@ def test_the_lane_is_for_reads(writing: bool) -> None:
     """A write in it would end without a record."""
     memory = LaneMemoryDevice(SIZE, bytearray(SIZE))
     device = JournaledDevice(memory, Journal(1 << 20), lambda _: None)
-    assert isinstance(device, HasLane)
     request = LaneRequest()
     request.offset, request.length, request.writing = 0, 512, writing
     assert device.lane.usable
