@@ -49,14 +49,14 @@ def test_what_the_section_shows_happens(tmp_path: Path) -> None:
     ):
         assert written in script
         script = script.replace(written, here)
-    # Job control as in a terminal.  Whatever still runs at the end is killed: the reader would go on for
-    # its 30 seconds, and for ever without its target, as libiscsi tries again and again.
+    # Job control as in a terminal.  Whatever still runs at the end is killed: the reader would go
+    # on for its 30 seconds, and for ever without its target, as libiscsi tries again and again.
     ending = (
         'set +ex; for job in $(jobs -p); do kill -KILL -- "-$job"; done; '
         f'fusermount3 -quz "{tmp_path}/see/storage" 2>&-'
     )
     script = f"set -m -e\ntrap '{ending}' EXIT\n{script}"
-    # Into files, not pipes: what a job of the background leaves open must not keep the test waiting.
+    # Into files, not pipes: what a job leaves open must not keep the test waiting.
     with (tmp_path / "stdout").open("w+") as out, (tmp_path / "stderr").open("w+") as err:
         ended = subprocess.run(
             ["bash", "-x", "-c", script],

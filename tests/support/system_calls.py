@@ -6,6 +6,7 @@ back from it, and the whole process stands still until it is told to go on, or i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -73,6 +74,15 @@ class Stepper:
     def calls(self) -> list[str]:
         """The calls so far, as strace prints them."""
         return [f"{name}({rest}" for name, rest in _CALL.findall(self._text())]
+
+    def state(self) -> str:
+        """What every thread of the process, and the end of strace's log, say; for a failed test."""
+        found = []
+        for task in sorted(Path(f"/proc/{self.pid}/task").glob("*")):
+            with contextlib.suppress(OSError):
+                said = (task / "stat").read_text().rpartition(")")[2].split()[0]
+                found.append(f"{task.name}: {said} in {(task / 'wchan').read_text()}")
+        return "\n".join([*found, *self._text().splitlines()[-20:]])
 
     def _text(self) -> str:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
