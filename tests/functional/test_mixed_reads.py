@@ -21,7 +21,9 @@ from pathlib import Path
 import pytest
 
 from ploopd.storage.create import create_image
-from tests.support.iscsi_client import Client, SocketTransport, read_16, write_16
+from tests.support.cdb import read_16, write_16
+from tests.support.iscsi_client import Client
+from tests.support.iscsi_transport import SocketTransport
 from tests.support.serve import ServedUrl, ServeProcess
 
 pytestmark = [pytest.mark.functional, pytest.mark.timeout(120)]

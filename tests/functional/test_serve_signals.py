@@ -17,7 +17,8 @@ from ploopd.frontends.iscsi.config import IscsiConfig, Portal
 from ploopd.storage.mapinfo import image_info
 from ploopd.storage.volume import Volume
 from tests.support.images import MIB, write_delta
-from tests.support.iscsi_client import Client, ConnectionClosed, SocketTransport
+from tests.support.iscsi_client import Client
+from tests.support.iscsi_transport import ConnectionClosed, SocketTransport
 from tests.support.serve import ServeProcess
 
 pytestmark = pytest.mark.functional

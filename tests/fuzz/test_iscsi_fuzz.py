@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ploopd.frontends.iscsi.connection import Connection, Phase
-from tests.support.iscsi_client import NO_TAG, TARGET, build, read_16, text, write_16
+from tests.support.cdb import read_16, write_16
+from tests.support.iscsi_client import TARGET
+from tests.support.iscsi_pdu import NO_TAG, build, text
 from tests.support.memory_device import Completion, MemoryDevice
 from tests.unit.frontends.iscsi.rig import SIZE, Rig, engine_of
 

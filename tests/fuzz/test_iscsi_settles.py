@@ -13,18 +13,10 @@ import random
 import pytest
 
 from ploopd.frontends.iscsi.config import IscsiConfig, Limits
-from tests.support.iscsi_client import (
-    MASK,
-    NO_TAG,
-    TARGET,
-    Client,
-    ConnectionClosed,
-    Pdu,
-    read_10,
-    read_16,
-    write_10,
-    write_16,
-)
+from tests.support.cdb import read_10, read_16, write_10, write_16
+from tests.support.iscsi_client import TARGET, Client
+from tests.support.iscsi_pdu import MASK, NO_TAG, Pdu
+from tests.support.iscsi_transport import ConnectionClosed
 from tests.support.memory_device import Completion, MemoryDevice
 from tests.unit.frontends.iscsi.rig import Rig, engine_of, quiet
 

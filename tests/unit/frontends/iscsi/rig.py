@@ -11,7 +11,8 @@ from ploopd.frontends.iscsi.config import IscsiConfig, Limits
 from ploopd.frontends.iscsi.connection import Connection, TargetNode
 from ploopd.scsi.logical_unit import LogicalUnit
 from ploopd.scsi.target import Target
-from tests.support.iscsi_client import TARGET, Client, EngineTransport
+from tests.support.iscsi_client import TARGET, Client
+from tests.support.iscsi_transport import EngineTransport
 from tests.support.memory_device import MemoryDevice
 
 SIZE = 16 << 20

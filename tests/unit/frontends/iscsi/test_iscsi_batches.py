@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ploopd.frontends.iscsi.fast_path import BURST, ENOUGH
-from tests.support.iscsi_client import read_16
+from tests.support.cdb import read_16
 from tests.unit.frontends.iscsi.rig import Rig, engine_of
 
 

@@ -7,17 +7,9 @@ import struct
 
 import pytest
 
-from tests.support.iscsi_client import (
-    INQUIRY,
-    NO_TAG,
-    TEST_UNIT_READY,
-    ConnectionClosed,
-    build,
-    read_10,
-    read_16,
-    write_10,
-    write_16,
-)
+from tests.support.cdb import INQUIRY, TEST_UNIT_READY, read_10, read_16, write_10, write_16
+from tests.support.iscsi_pdu import NO_TAG, build
+from tests.support.iscsi_transport import ConnectionClosed
 from tests.support.memory_device import Completion, MemoryDevice, pattern
 from tests.unit.frontends.iscsi.rig import SIZE, Rig, engine_of, quiet
 

@@ -7,14 +7,9 @@ import errno
 import pytest
 
 from ploopd.frontends.iscsi.config import IscsiConfig, Limits
-from tests.support.iscsi_client import (
-    NO_TAG,
-    TARGET,
-    Client,
-    Pdu,
-    write_10,
-    write_16,
-)
+from tests.support.cdb import write_10, write_16
+from tests.support.iscsi_client import TARGET, Client
+from tests.support.iscsi_pdu import NO_TAG, Pdu
 from tests.support.memory_device import Completion, MemoryDevice, pattern
 from tests.unit.frontends.iscsi.rig import SIZE, Rig, engine_of, quiet
 

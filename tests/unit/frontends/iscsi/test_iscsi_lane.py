@@ -15,15 +15,9 @@ from ploopd.gate.events import Event
 from ploopd.gate.filter import Gate
 from ploopd.scsi.logical_unit import LogicalUnit
 from scst_shim import QueueFlags, StandbyCheck
-from tests.support.iscsi_client import (
-    TARGET,
-    Client,
-    Pdu,
-    read_10,
-    read_16,
-    write_10,
-    write_16,
-)
+from tests.support.cdb import read_10, read_16, write_10, write_16
+from tests.support.iscsi_client import TARGET, Client
+from tests.support.iscsi_pdu import Pdu
 from tests.support.lane_device import LaneMemoryDevice
 from tests.support.memory_device import pattern
 from tests.unit.frontends.iscsi.rig import SIZE, Rig, engine_of, quiet

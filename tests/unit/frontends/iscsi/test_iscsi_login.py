@@ -16,12 +16,11 @@ from tests.support.iscsi_client import (
     OPERATIONAL,
     TARGET,
     Client,
-    ConnectionClosed,
     Credentials,
     LoginRefused,
-    build,
-    text,
 )
+from tests.support.iscsi_pdu import build, text
+from tests.support.iscsi_transport import ConnectionClosed
 from tests.unit.frontends.iscsi.rig import SMALL_LIMITS, Rig, engine_of, quiet
 
 SECRET = b"correct horse battery"

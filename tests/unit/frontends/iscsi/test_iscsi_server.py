@@ -24,14 +24,9 @@ from ploopd.frontends.iscsi.connection import Connection
 from ploopd.frontends.iscsi.server import IscsiServer
 from ploopd.scsi.logical_unit import LogicalUnit
 from ploopd.scsi.target import Target
-from tests.support.iscsi_client import (
-    TARGET,
-    Client,
-    ConnectionClosed,
-    SocketTransport,
-    read_16,
-    write_16,
-)
+from tests.support.cdb import read_16, write_16
+from tests.support.iscsi_client import TARGET, Client
+from tests.support.iscsi_transport import ConnectionClosed, SocketTransport
 from tests.support.memory_device import Completion, MemoryDevice, pattern
 
 SIZE = 64 << 20

@@ -11,16 +11,10 @@ from ploopd.frontends.iscsi.config import IscsiConfig, Limits
 from ploopd.frontends.iscsi.connection import Phase
 from ploopd.frontends.iscsi.pdu import LoginStatus
 from ploopd.scsi.target import Target
-from tests.support.iscsi_client import (
-    NO_TAG,
-    TARGET,
-    Client,
-    ConnectionClosed,
-    LoginRefused,
-    read_16,
-    text,
-    write_16,
-)
+from tests.support.cdb import read_16, write_16
+from tests.support.iscsi_client import TARGET, Client, LoginRefused
+from tests.support.iscsi_pdu import NO_TAG, text
+from tests.support.iscsi_transport import ConnectionClosed
 from tests.support.memory_device import Completion, MemoryDevice, pattern
 from tests.unit.frontends.iscsi.rig import SIZE, SMALL_LIMITS, Rig, engine_of, quiet
 

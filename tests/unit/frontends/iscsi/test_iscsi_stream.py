@@ -7,17 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ploopd.frontends.iscsi.connection import Connection
-from tests.support.iscsi_client import (
-    INQUIRY,
-    OPERATIONAL,
-    TEST_UNIT_READY,
-    Initiator,
-    Pdu,
-    build,
-    read_16,
-    text,
-    write_16,
-)
+from tests.support.cdb import INQUIRY, TEST_UNIT_READY, read_16, write_16
+from tests.support.iscsi_client import OPERATIONAL
+from tests.support.iscsi_pdu import Initiator, Pdu, build, text
 from tests.support.memory_device import MemoryDevice, pattern
 from tests.unit.frontends.iscsi.rig import SIZE, Rig
 

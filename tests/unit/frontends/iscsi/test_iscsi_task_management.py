@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.iscsi_client import Client, ConnectionClosed, read_16, write_16
+from tests.support.cdb import read_16, write_16
+from tests.support.iscsi_client import Client
+from tests.support.iscsi_transport import ConnectionClosed
 from tests.support.memory_device import Completion, MemoryDevice, pattern
 from tests.unit.frontends.iscsi.rig import SIZE, Rig, engine_of, quiet
 

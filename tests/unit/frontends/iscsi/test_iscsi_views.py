@@ -20,14 +20,9 @@ from ploopd.frontends.iscsi.fast_path import LEAST_VIEWED, MOST_VIEWED
 from ploopd.frontends.iscsi.server import IscsiServer
 from ploopd.scsi.logical_unit import LogicalUnit
 from ploopd.scsi.target import Target
-from tests.support.iscsi_client import (
-    TARGET,
-    Client,
-    ConnectionClosed,
-    SocketTransport,
-    read_16,
-    write_16,
-)
+from tests.support.cdb import read_16, write_16
+from tests.support.iscsi_client import TARGET, Client
+from tests.support.iscsi_transport import ConnectionClosed, SocketTransport
 from tests.support.memory_device import MemoryDevice, pattern
 from tests.unit.frontends.iscsi.rig import SIZE, Rig, engine_of
 

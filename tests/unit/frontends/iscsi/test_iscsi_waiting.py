@@ -5,12 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ploopd.frontends.iscsi.config import IscsiConfig, Limits
-from tests.support.iscsi_client import (
-    TARGET,
-    Client,
-    read_16,
-    write_16,
-)
+from tests.support.cdb import read_16, write_16
+from tests.support.iscsi_client import TARGET, Client
 from tests.support.memory_device import Completion, MemoryDevice, pattern
 from tests.unit.frontends.iscsi.rig import SIZE, Rig, engine_of, quiet
 
