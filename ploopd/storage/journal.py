@@ -11,17 +11,16 @@ it began.  What is left, done again in its order, makes up for a storage that ha
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
-RECORD_OVERHEAD: Final = 256
-"""Bytes of memory that a record takes beside its data, rounded up: key, object headers, its place
-in a table that has just grown."""
+from ploopd.storage.journal_index import JournalIndex, Range
 
-Range = tuple[int, int]
-"""Offset and length in bytes."""
+RECORD_OVERHEAD: Final = 448
+"""Bytes of memory that a record takes beside its data, rounded up: key, object headers, its place
+in a table that has just grown, and a bucket of the index that it shares with one other."""
 
 
 class Zeroed(Enum):
@@ -58,7 +57,17 @@ class Journal:
     allows: fresh memory costs several times as much as the copy.
     """
 
-    __slots__ = ("_current", "_records", "_sealed", "_spare", "_spare_bytes", "limit", "used")
+    __slots__ = (
+        "_current",
+        "_index",
+        "_records",
+        "_sealed",
+        "_spare",
+        "_spare_bytes",
+        "limit",
+        "overlaps",
+        "used",
+    )
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -66,6 +75,9 @@ class Journal:
         self._sealed: list[_Generation] = []
         self._current = _Generation(0)
         self._records = self._current.records
+        self._index = JournalIndex()
+        self.overlaps: Callable[[int, int], bool] = self._index.overlaps
+        """Whether there is a record of any of the bytes: offset, length."""
         self._spare: dict[int, list[bytearray]] = {}
         self._spare_bytes = 0
 
@@ -109,6 +121,20 @@ class Journal:
                 found.append(((start, end - start), part))
         return found
 
+    def overlay(self, offset: int, buffer: memoryview) -> None:
+        """`buffer` was read at `offset`: put into it what the records have of these bytes."""
+        newest_first = [self._records, *(each.records for each in reversed(self._sealed))]
+
+        def apply(key: Range, start: int, end: int) -> None:
+            content = next(records[key] for records in newest_first if key in records)
+            if isinstance(content, Zeroed):
+                buffer[start - offset : end - offset] = bytes(end - start)
+            else:
+                part = memoryview(content)[start - key[0] : end - key[0]]
+                buffer[start - offset : end - offset] = part
+
+        self._index.patch(offset, len(buffer), apply)
+
     # -- records ---------------------------------------------------------------------------
 
     def wrote(self, offset: int, buffer: memoryview) -> None:
@@ -126,6 +152,7 @@ class Journal:
             content = self._memory(length)
         memoryview(content)[:] = buffer
         records[key] = content
+        self._index.add(offset, length)
 
     def _memory(self, length: int) -> bytearray:
         """Room for data that is accounted for already."""
@@ -148,6 +175,7 @@ class Journal:
         self._current.used += cost
         self.used += cost
         self._records[(offset, length)] = Zeroed.UNMAP if unmap else Zeroed.ZEROES
+        self._index.add(offset, length)
 
     # -- syncs -----------------------------------------------------------------------------
 
@@ -169,6 +197,18 @@ class Journal:
         for each in dropped:
             self.used -= each.used
             self._keep_spare(each)
+        self._forget(dropped)
+
+    def _forget(self, dropped: list[_Generation]) -> None:
+        """Take what only they have out of the index; the rest has changed later."""
+        if len(self) <= sum(len(each.records) for each in dropped):
+            self._index.replace(key for key, _ in self.records())
+            return
+        left = [*(each.records for each in self._sealed), self._records]
+        for each in dropped:
+            for key in each.records:
+                if not any(key in records for records in left):
+                    self._index.remove(key)
 
     def _keep_spare(self, generation: _Generation) -> None:
         spare = self._spare
@@ -186,6 +226,7 @@ class Journal:
         self._spare, self._spare_bytes = {}, 0
         self._current = _Generation(self._current.number + 1)
         self._records = self._current.records
+        self._index.replace(())
         self.used = 0
 
     # -- room ------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ from functools import partial
 from typing import Protocol, runtime_checkable
 
 from ploopd.errors import HARMLESS_ERRNOS, NO_ROOM, StorageError
-from ploopd.storage.device import BlockDevice, Done, Pending, views_of
+from ploopd.storage.device import BlockDevice, Done, Pending
 from ploopd.storage.journal import RECORD_OVERHEAD, Journal
-from ploopd.storage.lane import Lane, LaneRequest, lane_of
+from ploopd.storage.journaled_reads import JournaledReads, ReadingLane
+from ploopd.storage.lane import lane_of
 from ploopd.storage.replay import rewrite
 from ploopd.storage.request import FINISHED
 
@@ -44,28 +45,6 @@ class SyncsAgain(Protocol):
     def sync_again(self, rewrite: Callable[[], Awaitable[None]], done: Done) -> Pending: ...
 
 
-class ReadingLane:
-    """The `Lane` of a device below, for reads alone: writes must be recorded, which needs room."""
-
-    __slots__ = ("_begin", "_lane", "adopt", "empty", "ended", "first", "usable")
-
-    def __init__(self, lane: Lane) -> None:
-        self._lane = lane
-        self._begin = lane.begin
-        self.usable = lane.usable
-        self.first = lane.first
-        self.adopt = lane.adopt
-        self.ended = lane.ended
-        self.empty = lane.empty
-
-    def begin(self, request: LaneRequest) -> bool:
-        """See `Lane.begin`."""
-        return not request.writing and self._begin(request)
-
-    def __len__(self) -> int:
-        return len(self._lane)
-
-
 class JournaledDevice:
     """See `BlockDevice` and the module's first lines.
 
@@ -89,6 +68,7 @@ class JournaledDevice:
         "_flushes",
         "_forcing",
         "_on_failure",
+        "_reads",
         "_retired",
         "_rewriting",
         "_running",
@@ -117,12 +97,13 @@ class JournaledDevice:
         self.size = volume.size
         self.cluster_size = volume.cluster_size
         self.read_only = volume.read_only
-        self.try_read = volume.try_read
-        self.try_view = views_of(volume)
-        self.read = volume.read
+        self._reads = JournaledReads(volume, journal)
+        self.try_read = self._reads.try_read
+        self.try_view = self._reads.try_view
+        self.read = self._reads.read
         self.extents = volume.extents
         self.kick = volume.kick
-        self.lane = ReadingLane(lane_of(volume))
+        self.lane = ReadingLane(lane_of(volume), journal)
         self._write_now = volume.try_write
         self._volume = volume
         self.journal = journal
@@ -272,6 +253,7 @@ class JournaledDevice:
     def retire(self) -> None:
         """The volume has been let go: what still comes from it changes the journal no more."""
         self._retired = True
+        self._reads.retired = True
         self._waiting.clear()
         self._flushes.clear()
 

@@ -10,7 +10,8 @@ import trio
 
 from ploopd.errors import StorageError
 from ploopd.storage.device import BlockDevice, Done
-from ploopd.storage.journal import Content, Journal, Range, Zeroed
+from ploopd.storage.journal import Content, Journal, Zeroed
+from ploopd.storage.journal_index import Range
 
 _MOST: Final = 64
 """Changes under way at once."""

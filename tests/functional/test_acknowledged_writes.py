@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,50 @@ def test_every_acknowledged_byte_is_there_after_a_replace(
             initiator.logout()
         assert server.stop() == 0
         assert "journal-lost" not in server.stderr
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["journal", "no journal"])
+def test_a_read_sees_what_the_storage_has_lost_before_it_says_so(
+    kept: bool, storage: FaultFs, tmp_path: Path
+) -> None:
+    """The loss comes with a write whose error is answered a second later: reads meanwhile."""
+    thin_image(storage.source / "disk.hds")
+    served = storage.mountpoint / "disk.hds"
+    options = ("--journal", "on" if kept else "off")
+    with ServeProcess(served, directory=tmp_path, options=options) as server:
+        (device,) = server.device_names()
+        with Initiator(server.url) as initiator:
+            initiator.settle()
+            for block in range(32):
+                initiator.good(initiator.write(block * 8, b"o" * BLOCK))
+            initiator.good(initiator.synchronize_cache())
+            storage.cache("disk.hds")
+            expected = bytearray(b"o" * 32 * BLOCK)
+            for block in range(16):
+                data = bytes([block + 1]) * BLOCK
+                initiator.good(initiator.write(block * 8, data))
+                expected[block * BLOCK : (block + 1) * BLOCK] = data
+            initiator.good(initiator.write_zeroes(4 * 8, 8))
+            expected[4 * BLOCK : 5 * BLOCK] = bytes(BLOCK)
+            storage.clear()
+            storage.fail("disk.hds", "write", "fsync", errno=errno.EIO, lose=True, late=2)
+            last = initiator.write(20 * 8, b"z" * BLOCK)
+            deadline = time.monotonic() + 10
+            while storage.status()["unsynced"]:
+                assert initiator.poll(0.02) == []  # sent, and not answered
+                assert time.monotonic() < deadline
+            one = initiator.good(initiator.read(3 * 8, 8))
+            first = initiator.good(initiator.read(0, 20 * 8))
+            assert server.standby(device) == "off", "the error is known: nothing has been shown"
+            assert initiator.poll(0.0) == []
+            assert (one == expected[3 * BLOCK : 4 * BLOCK]) == kept
+            assert (first == expected[: 20 * BLOCK]) == kept
+            wait_for_standby(server, device, "on", 10)
+            storage.clear()
+            server.ctl("device", "replace", device, "--image", str(served))
+            initiator.good(last)
+            initiator.logout()
+        assert server.stop() == 0, server.stderr[-3000:]
 
 
 @pytest.mark.parametrize("options", [("--journal-size", "1M"), ("--journal", "off")])

@@ -8,7 +8,7 @@ JSON) rules with their hits, open descriptors, what is not synced and what stick
 
 Rules; the first one that is due decides.  PATH is a glob relative to SOURCE:
 
-    fail  PATH OPERATIONS errno=NAME [seconds=S] [stick] [lose] [WHEN]
+    fail  PATH OPERATIONS errno=NAME [seconds=S] [stick] [lose] [late=S] [WHEN]
     delay PATH OPERATIONS seconds=S [WHEN]
     hang  PATH OPERATIONS [errno=NAME] [WHEN]      until `release` or `clear`, then done or failed
     short PATH read|write bytes=N [WHEN]           at most N bytes
@@ -20,7 +20,7 @@ images `range=header|bat|data|cluster:N` (the N-th cluster of the disk, where it
 
 `stick`: the error sticks to the inode: write, truncate, fsync and close answer it through every
 descriptor until the last one that was open then is closed.  `lose`: what is not synced is dropped;
-with `stick`, reading fails until then, too.
+with `stick`, reading fails until then, too.  `late`: the error is answered S seconds after that.
 
 Commands: `clear [RULE|PATH]` drops rules, `release [RULE|PATH]` lets go what hangs, `lose [PATH]
 [keep=SHARE] [seed=N]` drops what is not synced, `sync [PATH]` writes it, `dead [ERRNO]` makes

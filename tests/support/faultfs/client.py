@@ -179,7 +179,8 @@ class FaultFs:
     def fail(self, path: str, *operations: str, errno: int, **when: Any) -> None:
         """Fail with `errno`: until cleared, or as `skip`, `times`, `every` and `range` say.
 
-        `stick=True` lets the error stick to the inode, `lose=True` drops what is not synced.
+        `stick=True` lets the error stick to the inode, `lose=True` drops what is not synced, and
+        `late=S` answers S seconds after that.
         """
         self.add("fail", path, *operations, errno=errno, **when)
 

@@ -92,6 +92,8 @@ class Faults:
         self.require_alive()
         if rule.lose and node is not None:
             node.unsynced.forget()
+        if rule.late:
+            await trio.sleep(rule.late)
         if rule.errno:
             if rule.stick and node is not None:
                 node.stick(rule.errno, lost=rule.lose)

@@ -51,8 +51,8 @@ class Rule:
 
     After `skip` matching operations it is done to every `every`-th one, `count` times (None: until
     cleared): wait `seconds`, hang, then fail with `errno`, or shorten to `short` bytes.  `stick`
-    keeps the error on the inode; `lose` drops what is not synced; `cache` keeps writes in memory
-    until an fsync ("honest") or for ever ("lie").
+    keeps the error on the inode; `lose` drops what is not synced, `late` seconds before the error
+    is answered; `cache` keeps writes in memory until an fsync ("honest") or for ever ("lie").
     """
 
     text: str
@@ -60,6 +60,7 @@ class Rule:
     operations: frozenset[str]
     errno: int = 0
     seconds: float = 0.0
+    late: float = 0.0
     hang: bool = False
     short: int | None = None
     cache: str | None = None
@@ -160,13 +161,15 @@ def _option(verb: str, word: str) -> tuple[str, object]:
     readers: dict[str, tuple[str, Callable[[str], object]]] = {
         "errno": ("errno", errno_of),
         "seconds": ("seconds", _seconds),
+        "late": ("late", _seconds),
         "bytes": ("short", size_of),
         "skip": ("skip", _at_least(0)),
         "every": ("every", _at_least(1)),
         "count": ("count", _at_least(1)),
         "range": ("range", range_of),
     }
-    if name not in readers or (name == "bytes" and verb != "short"):
+    verbs = {"bytes": ("short",), "late": ("fail", "hang")}
+    if name not in readers or verb not in verbs.get(name, VERBS):
         raise ScriptError(f"{word!r} is no option of {verb}")
     field, read = readers[name]
     return field, read(value)

@@ -231,7 +231,7 @@ def test_room_of_a_change_that_failed_is_given_to_those_that_wait() -> None:
 
 
 def test_one_that_waits_can_be_cancelled_and_one_in_execution_gives_its_room_back() -> None:
-    setup = Setup(limit=16 * KIB, inline=False)
+    setup = Setup(limit=17 * KIB, inline=False)
     running = setup.write(0, bytes(15 * KIB))
     waiting = setup.write(16 * KIB, bytes(15 * KIB))
     setup.write(32 * KIB, bytes(512))
