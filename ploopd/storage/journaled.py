@@ -211,9 +211,14 @@ class JournaledDevice:
     @property
     def behind(self) -> bool:
         """A sync has failed for want of room: the journal must be written again before the next."""
-        if self._again is None or self._again.sync_failed is None:
-            return False
-        return self._again.sync_failed.errno in NO_ROOM and self.trusted
+        return self._shortage is not None
+
+    @property
+    def _shortage(self) -> StorageError | None:
+        failure = None if self._again is None else self._again.sync_failed
+        if failure is None or failure.errno not in NO_ROOM or not self.trusted:
+            return None
+        return failure
 
     def _make_up(self) -> None:
         """Write the journal again when no change is in execution, and sync."""
@@ -262,7 +267,7 @@ class JournaledDevice:
     def _admit(self, change: _Change) -> Pending:
         if self._flushes:
             self._waiting.append(change)
-        elif change.cost > self.journal.limit:
+        elif self._goes_through(change):
             change.start_through()
         elif self._waiting or not self.journal.fits(change.cost):
             self._ceiling = -1  # inline writes must not overtake those that wait
@@ -272,9 +277,16 @@ class JournaledDevice:
             change.start()
         return change
 
+    def _goes_through(self, change: _Change) -> bool:
+        """Whether it is to be executed without a record, now: one that is larger than the journal.
+
+        Not while the journal must be written again, which would overwrite it.
+        """
+        return change.cost > self.journal.limit and not self.behind
+
     def _force_flush(self) -> None:
         """Flush for the journal's sake, one at a time."""
-        if self._forcing or not self.journal:
+        if self._forcing or not (self.journal or self.behind):
             return  # without a record the room is reserved: whoever has it pumps when it ends
         self._forcing = True
         self._flush_at = math.inf
@@ -305,7 +317,7 @@ class JournaledDevice:
         if not waiting:
             return
         while waiting and not self._flushes:
-            if waiting[0].cost > self.journal.limit:  # it came while others were held
+            if self._goes_through(waiting[0]):  # it came while others were held
                 waiting.popleft().start_through()
             elif self.journal.fits(waiting[0].cost):
                 waiting.popleft().start()
@@ -355,6 +367,9 @@ class JournaledDevice:
     def written(self, change: _Change, error: StorageError | None) -> None:
         """A change that has no room in the journal has ended, and is to be flushed."""
         self._running -= 1
+        shortage = self._shortage
+        if error is None and shortage is not None:
+            error = shortage.again()  # it may be lost, and nobody else would write it again
         if error is None:
             self.flush(change.done)
             self.kick()

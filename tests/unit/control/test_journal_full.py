@@ -192,3 +192,34 @@ async def test_a_device_that_ends_when_there_is_room_again_loses_nothing(
         device = await served.add(path)
         assert not [note for note in device.volume.notes if "cleanly" in note]
         assert await whole(device) == content
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("while_executed", [False, True])
+async def test_a_write_larger_than_the_journal_is_not_overwritten_by_what_is_made_up_for(
+    while_executed: bool, directory: Path, faulty: FaultyOs
+) -> None:
+    """It has no record: older ones must not be written again once it has been executed."""
+    path = image(directory)
+    async with serving(faulty) as served:
+        options = DeviceOptions(journal=JournalMode.ON, journal_size=1 * MIB)
+        device = await served.add(path, options)
+        await write(device, 0, b"1" * 4096)
+        large = b"2" * (2 * MIB)
+        faulty.add(Fault(op="sync", path="disk.hds", count=1, error=errno.ENOSPC))
+        expected = b"2" * 4096
+        if while_executed:  # its own sync is the one that fails, and so does it
+            with pytest.raises(StorageError, match="ENOSPC"):
+                await write(device, 0, large, inline=False)
+            expected = await read(device, 0, 4096)
+            assert expected in (b"1" * 4096, b"2" * 4096)
+        else:
+            with pytest.raises(StorageError, match="ENOSPC"):
+                await flush(device)
+            await write(device, 0, large, inline=False)
+        assert await read(device, 0, 4096) == expected
+        await flush(device)
+        assert await read(device, 0, 4096) == expected
+        await write(device, 0, large, inline=False)
+        await flush(device)
+        assert await read(device, 0, 2 * MIB) == large

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -12,6 +13,7 @@ from ploopd.storage.journal import RECORD_OVERHEAD, Journal
 from ploopd.storage.journaled import JournaledDevice
 from ploopd.storage.lane import LaneRequest
 from ploopd.storage.replay import replay
+from ploopd.storage.request import FINISHED
 from tests.support.lane_device import LaneMemoryDevice
 from tests.support.memory_device import Completion, MemoryDevice, pattern
 
@@ -264,6 +266,36 @@ def test_a_write_larger_than_the_bound_fails_with_its_flush() -> None:
     setup.write(0, b"b" * 32 * KIB)
     setup.memory.complete()
     assert setup.answers[0][0] is not None
+
+
+class FullDevice(MemoryDevice):
+    """Its syncs fail for want of room until `sync_again`, which the test ends."""
+
+    sync_failed: StorageError | None = None
+    again: Done | None = None
+
+    def sync_again(self, rewrite: Callable[[], Awaitable[None]], done: Done) -> Pending:
+        self.again = done
+        return FINISHED
+
+
+def test_while_there_is_no_room_a_write_larger_than_the_bound_waits_or_fails() -> None:
+    """It has no record, and would be lost, or overwritten by what is written again."""
+    full = FullDevice(SIZE, completion=Completion.MANUAL)
+    device = JournaledDevice(full, Journal(16 * KIB), lambda _: None)
+    answers: list[StorageError | None] = []
+    device.write(0, memoryview(bytes(32 * KIB)), answers.append)
+    full.sync_failed = StorageError(errno.ENOSPC, "fdatasync")  # somebody else's, meanwhile
+    full.complete()
+    assert [error and error.errno for error in answers] == [errno.ENOSPC]
+    device.write(0, memoryview(bytes(32 * KIB)), answers.append)
+    assert not full.outstanding
+    assert full.again is not None, "nobody makes room for it"
+    full.sync_failed = None
+    full.again(None)
+    assert [each.op for each in full.outstanding] == ["write"]
+    full.complete()
+    assert answers[1:] == [None]
 
 
 def test_a_forced_flush_that_fails_is_reported_and_ends_those_that_wait() -> None:
