@@ -57,6 +57,29 @@ def test_fsync_can_lie_and_a_failed_one_can_lose(storage: FaultFs) -> None:
     os.close(descriptor)
 
 
+def test_a_loss_can_come_before_its_error(storage: FaultFs) -> None:
+    descriptor = opened(storage, "file")
+    storage.cache("file")
+    os.pwrite(descriptor, b"lost", 0)
+    storage.fail("file", "write", errno=errno.EIO, lose=True, late=1)
+    errors: list[int | None] = []
+
+    def write() -> None:
+        try:
+            os.pwrite(descriptor, b"x", 8192)
+        except OSError as error:
+            errors.append(error.errno)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    wait_for(lambda: storage.report()["unsynced"] == {})
+    assert os.pread(descriptor, 4, 0) == b"oooo"
+    assert not errors
+    writer.join()
+    assert errors == [errno.EIO]
+    os.close(descriptor)
+
+
 def test_what_was_cached_of_a_file_that_is_gone_is_forgotten(storage: FaultFs) -> None:
     descriptor = opened(storage, "file")
     storage.cache("file")

@@ -72,6 +72,7 @@ def test_by_hand(storage: FaultFs) -> None:
         ("delay * read seconds=-1", "'-1' is no number of seconds"),
         ("cache * fsync=perhaps", "fsync=honest or fsync=lie"),
         ("hang * read bytes=3", "is no option of hang"),
+        ("delay * read seconds=1 late=1", "is no option of delay"),
         ("lose a b", "at most one argument"),
         ("alive now", "takes no argument"),
         ("dead EWHAT", "is no errno"),
