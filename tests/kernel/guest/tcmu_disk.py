@@ -22,6 +22,17 @@ from tests.support.serve import ServedUrl
 TARGET = Path("/sys/kernel/config/target")
 LOOP_WWN = "naa.5001405{:09x}"
 PORT = 3260
+VERIFYING = (
+    "--rw=randwrite",
+    "--bs=16k",
+    "--ioengine=libaio",
+    "--direct=1",
+    "--iodepth=16",
+    "--verify=crc32c",
+    "--do_verify=1",
+    "--verify_fatal=1",
+)
+"""fio's words for a load that writes everywhere and reads back what it wrote."""
 
 T = TypeVar("T")
 
@@ -211,31 +222,14 @@ def kernel_log() -> str:
     return sh("dmesg")
 
 
-class Load:
-    """fio that writes and verifies; it sees every error there is."""
+class Fio:
+    """A running fio that loads `disk`, or a file system on it; it sees every error there is."""
 
-    def __init__(self, disk: Path, directory: Path, *extra: str, size: str = "48m") -> None:
+    def __init__(self, disk: Path, directory: Path, *words: str) -> None:
         self.log = directory / f"fio-{disk.name}.log"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [
-                    "fio",
-                    "--name=verify",
-                    f"--filename={disk}",
-                    "--rw=randwrite",
-                    "--bs=16k",
-                    f"--size={size}",
-                    "--ioengine=libaio",
-                    "--direct=1",
-                    "--iodepth=16",
-                    "--verify=crc32c",
-                    "--do_verify=1",
-                    "--verify_fatal=1",
-                    *extra,
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                ["fio", *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         self._disk = disk
         self._begin = self._written()
@@ -275,3 +269,11 @@ class Load:
         time.sleep(seconds)
         assert self.running
         assert self.progress() == before, "writes are answered"
+
+
+class Load(Fio):
+    """fio that writes to a disk and verifies once, at its end."""
+
+    def __init__(self, disk: Path, directory: Path, *extra: str, size: str = "48m") -> None:
+        words = ["--name=verify", f"--filename={disk}", f"--size={size}", *VERIFYING]
+        super().__init__(disk, directory, *words, *extra)

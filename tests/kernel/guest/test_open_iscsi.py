@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import subprocess
 import threading
 from pathlib import Path
@@ -11,33 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.guest.conftest import OpenIscsi
+from tests.kernel.guest.files import assert_tree, fill
 from tests.kernel.guest.run import sh, wait_until
 from tests.support import images, oracles
 from tests.support.images import MIB
 from tests.support.serve import ServeProcess
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(120)]
-
-
-def fill(directory: Path, seed: int, total: int) -> dict[str, str]:
-    """Files of many sizes, synced; returns their digests by name."""
-    generator = random.Random(seed)
-    digests = {}
-    written = 0
-    while written < total:
-        length = generator.choice([100, 5000, 70_000, 3_000_000])
-        path = directory / f"d{generator.randint(0, 5)}" / f"f{written}"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(generator.randbytes(length))
-        digests[str(path.relative_to(directory))] = oracles.digest(path)
-        written += length
-    sh("sync", "-f", directory)
-    return digests
-
-
-def assert_tree(directory: Path, digests: dict[str, str]) -> None:
-    found = {name: oracles.digest(directory / name) for name in digests}
-    assert found == digests
 
 
 def assert_image_is_sound(layers: list[oracles.Layer]) -> None:
