@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import oracles
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = "usr/lib/ploopd"
 
@@ -54,6 +56,15 @@ def test_the_program_is_whole(installed: Path, tmp_path: Path) -> None:
         script = installed / "usr/bin" / name
         assert script.resolve() == (installed / ENVIRONMENT / "bin" / name).resolve()
         assert script.read_text().startswith(f"#!/{ENVIRONMENT}/bin/python\n")
+
+
+def test_its_request_path_is_compiled(installed: Path) -> None:
+    if absent := oracles.have("gcc"):
+        pytest.skip(f"{absent[0]} is not installed")
+    command = [installed / ENVIRONMENT / "bin/python", "-I", "-c"]
+    command += ["from ploopd.daemon import request_path; print(request_path())"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ended.stdout == "compiled\n"
 
 
 def test_nothing_remembers_where_it_was_made(installed: Path) -> None:
