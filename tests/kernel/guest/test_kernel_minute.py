@@ -267,7 +267,7 @@ def test_a_minute_with_everything(
     minute.at(32, "standby", lambda: lose_the_storage(daemon, chain, load))
     minute.at(45, "clear", lambda: clear_and_restore(daemon))
     load.wait()
-    assert minute.elapsed >= SECONDS
+    assert minute.elapsed > SECONDS - 1  # fio began a moment before the clock was read
     print("\n".join(minute.took), load.log.read_text(), sep="\n")
     assert state(disk) == "running"
     assert "I/O error" not in kernel_log()[log:]
