@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Final
-from xml.parsers import expat
 
 from image_format.descriptor import Descriptor, parse_descriptor
+from image_format.descriptor_bytes import elements, says
 from image_format.errors import DescriptorFormatError
 
-_UTF8: Final = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
 _PARAMETERS: Final = "Disk_Parameters"
 _SIZE: Final = (_PARAMETERS, "Disk_size")
 _CYLINDERS: Final = (_PARAMETERS, "Cylinders")
@@ -40,7 +39,7 @@ def with_size(
     if wanted == before:
         return data
     edited = _edit(data, size_sectors, geometry)
-    return edited if edited is not None and _says(edited, wanted) else wanted.to_xml()
+    return edited if edited is not None and says(edited, wanted) else wanted.to_xml()
 
 
 def _resized(
@@ -65,46 +64,11 @@ def _edit(data: bytes, size_sectors: int, geometry: tuple[int, int, int]) -> byt
             strict=True,
         )
     )
-    finder = _Finder()
-    finder.parser.Parse(data, True)
-    if not finder.utf8:
-        return None
-    for start, stop, place in sorted(finder.found, reverse=True):
-        if place in numbers:
-            begin = data.find(b">", start) + 1
-            if not 0 < begin <= stop:
+    for element in sorted(elements(data), key=lambda element: element.start, reverse=True):
+        if element.place in numbers:
+            content = element.content(data)
+            if content is None:
                 return None
-            data = data[:begin] + str(numbers[place]).encode() + data[stop:]
+            begin, stop = content
+            data = data[:begin] + str(numbers[element.place]).encode() + data[stop:]
     return data
-
-
-def _says(data: bytes, wanted: Descriptor) -> bool:
-    try:
-        return parse_descriptor(data) == wanted
-    except DescriptorFormatError:
-        return False
-
-
-class _Finder:
-    """Where the elements of a well-formed document are: from the `<` of the start tag to that of
-    the end tag, with the names from the root's children down."""
-
-    def __init__(self) -> None:
-        self._path: list[tuple[str, int]] = []
-        self.utf8 = True
-        self.found: list[tuple[int, int, tuple[str, ...]]] = []
-        self.parser = expat.ParserCreate()
-        self.parser.XmlDeclHandler = self._declaration
-        self.parser.StartElementHandler = self._start
-        self.parser.EndElementHandler = self._end
-
-    def _declaration(self, _version: str, encoding: str | None, _standalone: int) -> None:
-        self.utf8 = encoding is None or encoding.lower() in _UTF8
-
-    def _start(self, tag: str, _attributes: dict[str, str]) -> None:
-        self._path.append((tag, self.parser.CurrentByteIndex))
-
-    def _end(self, _tag: str) -> None:
-        place = tuple(tag for tag, _ in self._path[1:])
-        _, start = self._path.pop()
-        self.found.append((start, self.parser.CurrentByteIndex, place))
