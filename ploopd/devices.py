@@ -113,6 +113,12 @@ class OpenedVolume:
     substitutes: Mapping[str, str]
 
 
+def expected_size(found: int, size: int, growing_to: int | None) -> int:
+    """What an image of `found` bytes must have: `size`, or that to which it was being grown when
+    the storage failed."""
+    return found if found == growing_to else size
+
+
 class Device:
     """One image being served.
 
@@ -338,9 +344,8 @@ class Device:
         self.volume_open = True
 
     def expected_size(self, found: int) -> int:
-        """What the size of a volume must be that has `found` bytes: the device's, or that to which
-        its image was being grown when the storage failed."""
-        return found if found == self.growing_to else self.gate.size
+        """What the size of a volume must be that has `found` bytes."""
+        return expected_size(found, self.gate.size, self.growing_to)
 
     def size_changed(self, previous: int) -> None:
         """The gate has a larger volume now: tell initiators and front ends, before anything is

@@ -7,7 +7,6 @@ extension module to a source file, so what is out of date must go: it is compile
 
     --remove       take the extension modules away
     --tidy         take them away if they are out of date
-    --check        say whether they are there and up to date: exit status 0, or 1 with the reason
     --output DIR   put them below DIR instead
 
 A machine without compiler or Python's headers is told so and goes on without (exit status 0).
@@ -54,14 +53,11 @@ def digest() -> str:
     return found.hexdigest()
 
 
-def problem() -> str | None:
-    """Why what lies there is not what the sources say, or None."""
-    missing = [path for path in built(ROOT) if not path.exists()]
-    if missing:
-        return f"{missing[0].relative_to(ROOT)} is not there"
-    if not STAMP.exists() or STAMP.read_text() != digest():
-        return "sources have changed since they were compiled"
-    return None
+def up_to_date() -> bool:
+    """Whether all of them are there, made of the sources as they are now."""
+    if not all(path.exists() for path in built(ROOT)):
+        return False
+    return STAMP.exists() and STAMP.read_text() == digest()
 
 
 def remove() -> None:
@@ -124,31 +120,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--remove", action="store_true")
     parser.add_argument("--tidy", action="store_true")
-    parser.add_argument("--check", action="store_true")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if arguments.remove or arguments.tidy:
-        if arguments.remove or problem():
+        if arguments.remove or not up_to_date():
             remove()
         return 0
-    if arguments.check:
-        found = problem()
-        if found:
-            print(found)
-        return int(found is not None)
-    if arguments.output is None and problem() is None:
-        return 0
-    if missing := no_compiler():
+    in_place = arguments.output is None
+    if in_place:
+        if up_to_date():
+            return 0
         remove()
+    if missing := no_compiler():
         print(f"{missing}: the request path is not compiled but slower", file=sys.stderr)
         return 0
     print("Compiling the request path, which takes half a minute ...", file=sys.stderr, flush=True)
-    if arguments.output is not None:
-        build(arguments.output)
-        return 0
-    remove()
-    build(ROOT)
-    STAMP.write_text(digest())
+    build(arguments.output or ROOT)
+    if in_place:
+        STAMP.write_text(digest())
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ploopd.cli.completion import complete_device
-from ploopd.cli.options import TIMEOUT
+from ploopd.cli.options import NEW_SIZE, TIMEOUT
 from ploopd.cli.render import OUTPUT, echo_json
 from ploopd.errors import PloopError, UsageError
 from ploopd.units import format_size, format_size_exact, parse_size
@@ -109,12 +109,7 @@ def reload(control: Path | None, device: str, dry_run: bool, output: str, timeou
 
 @click.command()
 @_DEVICE
-@click.option(
-    "--size",
-    required=True,
-    metavar="[+]SIZE",
-    help="New size of the disk, e.g. 20G (binary units), or with + how much is added.",
-)
+@NEW_SIZE
 @OUTPUT
 @TIMEOUT
 @click.pass_obj

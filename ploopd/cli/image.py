@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from ploopd.cli.errors import report as report_error
-from ploopd.cli.options import parse_size_option
+from ploopd.cli.options import NEW_SIZE, parse_size_option
 from ploopd.cli.render import echo_fields, echo_json, echo_table
 from ploopd.errors import CorruptImageError, PloopError, UnsupportedError
 from ploopd.units import format_size, format_size_exact, parse_size
@@ -124,12 +124,7 @@ def create(
 
 @image.command(cls=QemuCommand)
 @IMAGE
-@click.option(
-    "--size",
-    required=True,
-    metavar="[+]SIZE",
-    help="New size of the disk, e.g. 20G (binary units), or with + how much is added.",
-)
+@NEW_SIZE
 @OUTPUT
 def resize(image_path: str, size: str, output: str) -> int:
     """Make the disk of IMAGE larger; its content stays, the new part reads as zeros.

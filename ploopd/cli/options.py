@@ -35,6 +35,13 @@ TIMEOUT = click.option(
     help="Give up after this time, saying what was waited for.",
 )
 
+NEW_SIZE = click.option(
+    "--size",
+    required=True,
+    metavar="[+]SIZE",
+    help="New size of the disk, e.g. 20G (binary units), or with + how much is added.",
+)
+
 ON_OFF = click.Choice(["on", "off"])
 
 

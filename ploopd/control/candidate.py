@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from image_format import HEADER_SIZE
+from ploopd.devices import expected_size
 from ploopd.errors import (
     NO_ROOM,
     BusyError,
@@ -99,18 +100,15 @@ def _fitting(file: File, wanted: Requirements) -> Delta | None:
     path, size = file.path, file.size()
     if wanted.format_version == 0:
         _require_raw(file.pread(min(HEADER_SIZE, size), 0), path, wanted)
-        _require_equal("disk size", _size(wanted, size), size, path)
+        _require_equal("disk size", expected_size(size, wanted.size, wanted.growing_to), size, path)
         return None
     delta = Delta.read(file, writable=wanted.writable)
     header = delta.header
     _require_equal("format version", wanted.format_version, header.version, path)
     found = (header.size, header.cluster_size)
-    require_geometry(path, found, (_size(wanted, header.size), wanted.cluster_size))
+    expected = expected_size(header.size, wanted.size, wanted.growing_to)
+    require_geometry(path, found, (expected, wanted.cluster_size))
     return delta
-
-
-def _size(wanted: Requirements, found: int) -> int:
-    return found if found == wanted.growing_to else wanted.size
 
 
 def _require_raw(start: bytes, path: str, wanted: Requirements) -> None:

@@ -51,8 +51,10 @@ class FileView:
             return None
         try:
             size = self._layer.fstat(self._fd).st_size
-            if end > size or (end > self._mapped and not self._remap(size)):
+            if end > size:
                 return None
+            if end > self._mapped:
+                self._remap(size)
         except (OSError, ValueError):  # no address space, no descriptor: `read` knows no such limit
             return None
         first, last = offset // CHUNK, (end - 1) // CHUNK
@@ -70,13 +72,12 @@ class FileView:
         self._fd = -1
         self._drop()
 
-    def _remap(self, size: int) -> bool:
+    def _remap(self, size: int) -> None:
         """Map all of the file.  An older mapping goes away with its last view."""
         self._drop()
         self._map = mmap.mmap(self._fd, size, access=mmap.ACCESS_READ)
         self._memory = memoryview(self._map)
         self._mapped = size
-        return True
 
     def _drop(self) -> None:
         self._memory = memoryview(b"")

@@ -56,11 +56,8 @@ class JournalIndex:
             key = (offset, length)
             if found is None:
                 table[first] = key
-            elif isinstance(found, dict):
-                found.pop(key, None)
-                found[key] = None
-            elif found != key:
-                table[first] = {found: None, key: None}
+            else:
+                _append(table, first, found, key)
             return
         for shift, table in self._tables:
             if length <= _WIDE << shift:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,16 +23,11 @@ ONE, TWO = bytes([1]) * BLOCK, bytes([2]) * BLOCK
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Iterator[FaultFs]:
-    missing = oracles.missing_for_fuse()
-    if missing is not None:
-        pytest.skip(missing)
-    source = tmp_path / "source"
-    source.mkdir()
+def storage(storage: FaultFs) -> FaultFs:
+    """With three images."""
     for name in ("with", "without", "off"):
-        images.write_delta(source / f"{name}.hds", 64 * MIB, {}, cluster_size=65536)
-    with FaultFs(source, tmp_path / "mount") as fs:
-        yield fs
+        images.write_delta(storage.source / f"{name}.hds", 64 * MIB, {}, cluster_size=65536)
+    return storage
 
 
 def test_one_errno_is_standby_for_one_device_and_a_latch_for_another(

@@ -1,18 +1,15 @@
-"""inotify(7) by the C library: what `inotifywait` does, with the time of each event."""
+"""What `inotifywait` does, with the time of each event."""
 
 from __future__ import annotations
 
-import ctypes
-import os
 import select
-import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-IN_MODIFY = 0x02
-_EVENT = struct.Struct("=iIII")
+from ploopd.fileio import inotify
+from ploopd.fileio.inotify import Happened
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +23,9 @@ class Noticed:
 class Inotify:
     """Watches one path."""
 
-    def __init__(self, path: Path, mask: int = IN_MODIFY) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        self.fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        if self.fd < 0 or libc.inotify_add_watch(self.fd, os.fsencode(path), mask) < 0:
-            raise OSError(ctypes.get_errno(), "inotify", os.fspath(path))
+    def __init__(self, path: Path, what: Happened = Happened.MODIFY) -> None:
+        self._instance = inotify.Inotify()
+        self._instance.add(path, what)
 
     def __enter__(self) -> Inotify:
         return self
@@ -41,17 +36,10 @@ class Inotify:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        os.close(self.fd)
+        self._instance.close()
 
     def wait(self, timeout: float) -> list[Noticed]:
         """The events that have come, after waiting for the first."""
-        ready, _, _ = select.select([self.fd], [], [], timeout)
+        select.select([self._instance], [], [], timeout)
         now = time.monotonic()
-        if not ready:
-            return []
-        data, found, at = os.read(self.fd, 65536), [], 0
-        while at < len(data):
-            _, mask, _, length = _EVENT.unpack_from(data, at)
-            found.append(Noticed(mask=mask, time=now))
-            at += _EVENT.size + length
-        return found
+        return [Noticed(mask=int(change.what), time=now) for change in self._instance.read()]

@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def compiled() -> bool:
     """Whether this process has the compiled request path."""
-    from ploopd.gate import queue
+    from ploopd.daemon import request_path
 
-    return not (queue.__file__ or "").endswith(".py")
+    return request_path() == "compiled"
 
 
 def _finder(path: str) -> FileFinder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
 
 import trio
@@ -45,9 +46,7 @@ def operations(context: ControlContext) -> list[Operation]:
                 on_step=on_step,
             )
 
-        if parameters.dry_run:
-            return await _with_steps(device, recover, send)
-        async with context.automation.operator(device):
+        async with _stand_aside(context, device, dry_run=parameters.dry_run):
             return await _with_steps(device, recover, send)
 
     async def reload_device(
@@ -58,9 +57,7 @@ def operations(context: ControlContext) -> list[Operation]:
         async def recover(on_step: OnStep) -> ReplaceReport:
             return await recovery.reload(device, dry_run=parameters.dry_run, on_step=on_step)
 
-        if parameters.dry_run:
-            return await _with_steps(device, recover, send)
-        async with context.automation.operator(device):
+        async with _stand_aside(context, device, dry_run=parameters.dry_run):
             return await _with_steps(device, recover, send)
 
     async def resize_device(
@@ -89,6 +86,13 @@ def operations(context: ControlContext) -> list[Operation]:
         Operation(method=messages.RESIZE_DEVICE, handler=resize_device, outlives_client=True),
         Operation(method=messages.CLEAR_LATCH, handler=clear_latch),
     ]
+
+
+def _stand_aside(
+    context: ControlContext, device: Device, *, dry_run: bool
+) -> AbstractAsyncContextManager[None]:
+    """The device's automation does nothing meanwhile; it may while nothing is changed."""
+    return contextlib.nullcontext() if dry_run else context.automation.operator(device)
 
 
 async def _with_steps(device: Device, recover: Recover, send: Send) -> messages.ReplaceStep:

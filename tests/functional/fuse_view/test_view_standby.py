@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 
+from ploopd.fileio.inotify import Happened
 from tests.functional.fuse_view.conftest import SIZE, sh
 from tests.support import images
 from tests.support.faultfs import FaultFs
 from tests.support.images import MIB
 from tests.support.initiator import Initiator
-from tests.support.inotify import IN_MODIFY, Inotify
+from tests.support.inotify import Inotify
 from tests.support.serve import ServeProcess
 
 pytestmark = [pytest.mark.functional, pytest.mark.fuse, pytest.mark.timeout(120)]
@@ -58,7 +59,7 @@ def test_watchers_wake_within_50_ms_of_a_real_failure(
             by_poll.append(time.monotonic() - began)
             assert events & CHANGED == CHANGED
             [noticed] = inotify.wait(5)
-            assert noticed.mask == IN_MODIFY
+            assert noticed.mask == Happened.MODIFY
             by_inotify.append(noticed.time - began)
             assert os.pread(file.fileno(), 100, 0) == b"on\n"
             storage.clear()
