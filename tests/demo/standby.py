@@ -12,6 +12,7 @@ the storage really loses some.
 from __future__ import annotations
 
 import argparse
+import errno
 import random
 import re
 import shutil
@@ -101,8 +102,13 @@ class Demo:
         pause = min(0.25 * self.seconds, LONGEST_PAUSE)
         calm = (self.seconds - pause) / 2
         time.sleep(calm)
-        faults.script("dead EIO")
-        self.unsynced = sum(faults.report()["unsynced"].values())
+        # Right after a sync it would have nothing to lose.
+        faults.dead(errno.EIO, unsynced=MIB // 4)
+        deadline = time.monotonic() + LONGEST_PAUSE
+        while not (report := faults.report())["dead"]:
+            assert time.monotonic() < deadline, "nothing is written"
+            time.sleep(0.01)
+        self.unsynced = sum(report["unsynced"].values())
         faults.script("lose disk.hds")
         self.screen.say(
             "the storage dies: every operation answers EIO, and what it had not synced is lost"

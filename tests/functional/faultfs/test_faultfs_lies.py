@@ -178,6 +178,30 @@ def test_a_dead_mount_and_its_return(storage: FaultFs) -> None:
     os.close(descriptor)
 
 
+def test_death_waits_for_something_to_lose(storage: FaultFs) -> None:
+    descriptor = opened(storage, "file")
+    storage.cache("file")
+    storage.dead(errno.EIO, unsynced=8192)
+    assert os.pwrite(descriptor, b"n" * 4096, 0) == 4096
+    os.fsync(descriptor)
+    assert os.pwrite(descriptor, b"n" * 4096, 0) == 4096
+    assert storage.report()["dead"] is None
+    assert os.pwrite(descriptor, b"n" * 4096, 4096) == 4096, "acknowledged, as the one before"
+    refused(errno.EIO, lambda: os.pwrite(descriptor, b"n" * 4096, 0))
+    refused(errno.EIO, lambda: os.fsync(descriptor))
+    report = storage.report()
+    assert (report["dead"], report["unsynced"]) == ("EIO", {"file": 8192})
+    storage.dead(errno.EIO, unsynced=8192)
+    storage.clear()
+    storage.dead(errno.EIO, unsynced=8193)
+    assert os.pwrite(descriptor, b"n" * 4096, 0) == 4096
+    storage.clear()
+    assert os.pwrite(descriptor, b"n" * 4096, 8192) == 4096, (
+        "what came back has no death to wait for"
+    )
+    os.close(descriptor)
+
+
 def test_the_kernel_answers_for_a_process_that_has_died(storage: FaultFs) -> None:
     old = opened(storage, "file")
     inode = os.fstat(old)

@@ -76,6 +76,8 @@ def test_by_hand(storage: FaultFs) -> None:
         ("lose a b", "at most one argument"),
         ("alive now", "takes no argument"),
         ("dead EWHAT", "is no errno"),
+        ("dead EIO unsynced=much", "'much' is no number of bytes"),
+        ("dead EIO keep=1", "at most one argument"),
         ("fail 'unclosed write errno=EIO", "No closing quotation"),
     ],
 )

@@ -23,8 +23,9 @@ descriptor until the last one that was open then is closed.  `lose`: what is not
 with `stick`, reading fails until then, too.  `late`: the error is answered S seconds after that.
 
 Commands: `clear [RULE|PATH]` drops rules, `release [RULE|PATH]` lets go what hangs, `lose [PATH]
-[keep=SHARE] [seed=N]` drops what is not synced, `sync [PATH]` writes it, `dead [ERRNO]` makes
-everything fail until `alive`, `unstick [PATH]` ends what sticks, `reset` sets counters to 0.
+[keep=SHARE] [seed=N]` drops what is not synced, `sync [PATH]` writes it, `dead [ERRNO]
+[unsynced=BYTES]` makes everything fail until `alive`, at once or after the write that leaves so
+much not synced, `unstick [PATH]` ends what sticks, `reset` sets counters to 0.
 
 What pyfuse3 does not offer is the kernel's: fallocate answers EOPNOTSUPP, as on many network file
 systems; locks (POSIX, OFD, flock) are those of the mount, not of SOURCE; SEEK_DATA and SEEK_HOLE

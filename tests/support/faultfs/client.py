@@ -207,9 +207,12 @@ class FaultFs:
         """Write what is not synced."""
         self.script(f"sync {shlex.quote(path)}")
 
-    def dead(self, errno: int = errno_names.ENOTCONN) -> None:
-        """Everything fails, on every path, until `alive`; what hangs fails now."""
-        self.script(f"dead {errno_names.errorcode[errno]}")
+    def dead(self, errno: int = errno_names.ENOTCONN, *, unsynced: int = 0) -> None:
+        """Everything fails, on every path, until `alive`; what hangs fails now.
+
+        With `unsynced` it dies after the write that leaves so many bytes not synced.
+        """
+        self.script(f"dead {errno_names.errorcode[errno]} unsynced={unsynced}")
 
     def alive(self) -> None:
         self.script("alive")

@@ -63,6 +63,7 @@ class Faults:
         self.nodes = nodes
         self.rules: dict[int, Active] = {}
         self.dead = 0
+        self._death: Command | None = None
         self.seen: Counter[str] = Counter()
         self.last_error: str | None = None
         self._next = 1
@@ -103,6 +104,23 @@ class Faults:
     def require_alive(self) -> None:
         if self.dead:
             raise OSError(self.dead, "the mount is dead")
+
+    def written(self) -> None:
+        """A write has been acknowledged: die if it was the one that death waited for."""
+        death = self._death
+        if death is not None and self.unsynced >= death.unsynced:
+            self._die(death)
+
+    def _die(self, command: Command) -> None:
+        self._death = None
+        self.dead = errno_of(command.argument or "ENOTCONN")
+        for active in self.rules.values():
+            active.release()
+
+    @property
+    def unsynced(self) -> int:
+        """Bytes that were acknowledged and not synced, of all files."""
+        return sum(len(node.unsynced) for node in self.nodes)
 
     def _find(self, operation: Operation) -> Active | None:
         for active in self.rules.values():
@@ -155,12 +173,13 @@ class Faults:
             case "lose" | "sync" | "unstick":
                 for node in self._nodes(command.argument):
                     self._on_node(node, command)
+            case "dead" if self.unsynced < command.unsynced:
+                self._death = command
             case "dead":
-                self.dead = errno_of(command.argument or "ENOTCONN")
-                for active in self.rules.values():
-                    active.release()
+                self._die(command)
             case "alive":
                 self.dead = 0
+                self._death = None
             case "reset":
                 self.seen.clear()
                 for active in self.rules.values():

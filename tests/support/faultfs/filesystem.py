@@ -211,6 +211,7 @@ class FaultFileSystem(pyfuse3.Operations):
                 cache.matched += 1
                 cache.hits += 1
             node.unsynced.write(fh, off, buf)
+            self.faults.written()
             return len(buf)
 
     def _control(self, text: bytes) -> int:

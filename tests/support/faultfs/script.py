@@ -79,12 +79,16 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """Something to do now: `argument` is a path glob, a rule's number or an errno's name."""
+    """Something to do now: `argument` is a path glob, a rule's number or an errno's name.
+
+    `dead` waits until so many bytes are `unsynced`.
+    """
 
     name: str
     argument: str | None = None
     keep: float = 0.0
     seed: int = 0
+    unsynced: int = 0
 
 
 def parse(text: str) -> list[Rule | Command]:
@@ -179,7 +183,8 @@ def _command(words: list[str]) -> Command:
     name, *rest = words
     options = dict(word.split("=", 1) for word in rest if "=" in word)
     plain = [word for word in rest if "=" not in word]
-    if set(options) - ({"keep", "seed"} if name == "lose" else set()) or len(plain) > 1:
+    allowed = {"lose": {"keep", "seed"}, "dead": {"unsynced"}}.get(name, set())
+    if set(options) - allowed or len(plain) > 1:
         raise ScriptError(f"{name} takes at most one argument")
     if name in ("alive", "reset") and plain:
         raise ScriptError(f"{name} takes no argument")
@@ -190,6 +195,7 @@ def _command(words: list[str]) -> Command:
         argument=plain[0] if plain else None,
         keep=float(options.get("keep", 0)),
         seed=int(options.get("seed", 0)),
+        unsynced=size_of(options.get("unsynced", "0")),
     )
 
 
