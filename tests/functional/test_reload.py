@@ -245,7 +245,7 @@ def test_what_needs_a_restart_is_named_and_left(service: Service, tmp_path: Path
     keys = ["daemon.sysfs", "iscsi.iqn", "a.read_only", "a.name", "a.lun", "b.journal", "b.lun"]
     assert answer["needs_restart"] == keys
     assert answer["changed"] == ["daemon.log_level", "iscsi.acl", "b.recovery"]
-    assert f"event=reload-needs-restart keys={','.join(keys)}" in service.server.stderr
+    assert service.server.logged(f"event=reload-needs-restart keys={','.join(keys)}")
     assert service.served() == {"a": 0, "b": 1}
     assert service.server.ctl_json("device", "show", "b")["recovery"] == "reopen"
     # Access rules are for new logins.

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -94,13 +93,9 @@ def test_a_read_only_server_shares_and_writes_nothing(tmp_path: Path, image: Pat
 
 def test_hints_go_to_stderr(tmp_path: Path, image: Path) -> None:
     with ServeProcess(image, directory=tmp_path, options=("--hints",)) as server:
-        deadline = time.monotonic() + 5
-        while "iscsiadm -m node" not in server.stderr and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert (
-            f"iscsiadm -m node -T {server.url.iqn} -p 127.0.0.1:{server.url.port}" in server.stderr
-        )
-        assert f"--control {server.control} device list" in server.stderr
+        url = server.url
+        assert server.logged(f"iscsiadm -m node -T {url.iqn} -p 127.0.0.1:{url.port}")
+        assert server.logged(f"--control {server.control} device list")
 
 
 def test_standby_off_reads_not_supported(tmp_path: Path, image: Path) -> None:

@@ -96,7 +96,7 @@ def test_somebody_else_has_the_uio_device(server: ServeProcess, scratch: Path) -
         server.restart()
         expected = f"/dev/{uio.name}: is open in another process"
         wait_until(lambda: expected in server.stderr, "the refusal")
-        assert f"fuser /dev/{uio.name} tells which one" in server.stderr
+        assert server.logged(f"fuser /dev/{uio.name} tells which one"), server.stderr
         (listed,) = server.ctl_json("lio", "list")["backstores"]
         assert listed["device"] is None
         assert expected in listed["error"]
