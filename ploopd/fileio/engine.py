@@ -25,6 +25,10 @@ class IoEngine(Protocol):
     are referenced until then.
     """
 
+    interlude: Callable[[], None] | None
+    """Called, while `collecting`, between groups of completions: somebody answers them."""
+    collecting: bool
+
     @property
     def kind(self) -> str:
         """ "io_uring" or "threads"."""

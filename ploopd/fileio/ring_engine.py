@@ -34,6 +34,12 @@ _FEW = 4
 _MAX_ROUNDS = 8
 _RETRY = 0.01
 
+GROUP = 10
+"""Completions between two interludes."""
+
+_MOST_COLLECTING = 2e-3
+"""Seconds after which the loop's other tasks get their turn."""
+
 
 class RingEngine:
     """`IoEngine` by one io_uring, with worker threads for the calls that it does not have.
@@ -70,6 +76,8 @@ class RingEngine:
         self._patience = AdaptivePoll()
         self._pumping = False
         self._closed = False
+        self.interlude: Callable[[], None] | None = None
+        self.collecting = False
 
     @property
     def outstanding(self) -> int:
@@ -247,7 +255,7 @@ class RingEngine:
             delivered = False
             for _ in range(_MAX_ROUNDS):
                 self._submit()
-                if self._deliver():
+                if self._deliver_all():
                     delivered = True
                 elif delivered or not self._poll():
                     break
@@ -256,6 +264,24 @@ class RingEngine:
             self._submit()
         finally:
             self._pumping = False
+
+    def _collect(self, interlude: Callable[[], None]) -> None:
+        """Call back what has completed, a group at a time and with an `interlude` after each.
+
+        Storage that completes all it has been given at once, as virtual disks do, would get all its
+        new work at once, too, when everything has been answered: it and we would take turns.
+        """
+        self._pumping = self.collecting = True
+        try:
+            end = time.perf_counter() + _MOST_COLLECTING
+            while self._waits() and time.perf_counter() < end:
+                self._deliver(GROUP)
+                self._submit()
+                interlude()
+                self._submit()
+        finally:
+            self._pumping = self.collecting = False
+        self._results.drain()  # what has been delivered need not wake the loop; `kick` looks again
 
     def _submit(self) -> None:
         ring, backlog = self._ring, self._backlog
@@ -291,14 +317,23 @@ class RingEngine:
         self._patience.ended(True)
         return True
 
-    def _deliver(self) -> bool:
+    def _waits(self) -> bool:
+        """Is there something to deliver?"""
+        return self._ring.ready() or bool(self._results.queue)
+
+    def _deliver_all(self) -> bool:
         """Call back what has completed; False if there was nothing."""
-        results, ring = self._results, self._ring
-        if not ring.ready() and not results.queue:
+        if not self._waits():
             return False
-        results.drain()  # before looking: what completes from now on wakes the loop again
+        self._results.drain()  # before looking: what completes from now on wakes the loop again
+        self._deliver(1 << 31)
+        return True
+
+    def _deliver(self, most: int) -> None:
+        """Call back what has completed, up to `most` operations of the ring."""
+        results, ring = self._results, self._ring
         operations, lane, queue = self._operations, self._lane, results.queue
-        for tag, result in ring.reap():
+        for tag, result in ring.reap(most):
             quick = lane.get(tag)
             if quick is not None:
                 if result == quick.length:
@@ -312,7 +347,6 @@ class RingEngine:
                 continue
             queue.append((operation[2], result))
         results.deliver()
-        return True
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Reap completions until cancelled."""
@@ -324,6 +358,8 @@ class RingEngine:
             else:
                 await trio.lowlevel.wait_readable(self._results.fd)
             self._results.drain()
+            if self.interlude is not None:
+                self._collect(self.interlude)
             self.kick()
 
     def close(self) -> None:

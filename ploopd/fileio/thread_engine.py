@@ -84,6 +84,8 @@ class ThreadEngine:
         self._claimed = 0
         self._stuck = 0
         self._pumping = False
+        self.interlude: Callable[[], None] | None = None
+        self.collecting = False
         self._closed = False
 
     # Operations: queued here, executed after the next kick.

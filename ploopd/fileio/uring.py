@@ -195,14 +195,14 @@ class Ring:
         count: int = (self._cq[self._cq_tail] - self._head) & 0xFFFFFFFF
         return count
 
-    def reap(self) -> list[tuple[int, int]]:
-        """The (tag, result) of everything that has completed; a result < 0 is a negative errno."""
+    def reap(self, most: int = 1 << 31) -> list[tuple[int, int]]:
+        """The (tag, result) of what has completed; a result < 0 is a negative errno."""
         if self._sq[self._sq_flags] & (_SQ_CQ_OVERFLOW | _SQ_TASKRUN):
             self._fetch()
         tail, head = self._cq[self._cq_tail], self._head
         cqes, mask, unpack = self._cqes, self._cq_mask, _CQE.unpack_from
-        found = []
-        while head != tail:
+        found: list[tuple[int, int]] = []
+        while head != tail and len(found) < most:
             found.append(unpack(cqes, (head & mask) * _CQE_SIZE))
             head = (head + 1) & 0xFFFFFFFF
         self._head = self._cq[self._cq_head] = head

@@ -149,7 +149,7 @@ class Lane:
         tx.stat_sn = (stat_sn + 1) & SERIAL_MASK
         tx.op = data_end
         self._recycle(command)
-        if not flow.busy:
+        if op == tx.start and not flow.busy:  # what waits already is going to be sent
             flow.touch()
 
     def _answer_apart(self, command: LaneCommand) -> None:

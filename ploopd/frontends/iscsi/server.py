@@ -12,17 +12,16 @@ import errno
 import logging
 import secrets
 import socket
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol
 
 import trio
 
 from ploopd.errors import ExitCode, PloopError, UsageError
-from ploopd.fileio.polling import WINDOW, AdaptivePoll
+from ploopd.fileio.polling import AdaptivePoll
 from ploopd.frontends.iscsi.config import IscsiConfig, Portal, format_address
 from ploopd.frontends.iscsi.connection import Connection, TargetNode
+from ploopd.frontends.iscsi.link import Link, Storage
 from ploopd.scsi.target import Target
 from ploopd.sleeper import Sleeper
 
@@ -31,78 +30,12 @@ logger = logging.getLogger(__name__)
 BACKLOG = 256
 ROUNDS = 64
 """Batches handled in a row before other tasks get their turn."""
-GROUP = 8
-"""Completed commands that are answered together, if so many are under way: they share the system
-calls."""
-MOST_POLLING = 2e-3
-"""Seconds after which a reader that looks for input gives way, whatever the storage completes."""
 TICK = 1.0
 RESOURCE_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 RESOURCE_PAUSE = 0.1
 """Seconds to wait when the process has no descriptors left, before accepting again."""
 
 Address = tuple[str, int]
-
-
-class Storage(Protocol):
-    """Whatever executes the commands (`fileio.engine.IoEngine`)."""
-
-    def ready(self) -> int:
-        """How many operations have completed and wait for `kick`."""
-        ...
-
-    def kick(self) -> None: ...
-
-
-class _Link:
-    """One accepted socket and the engine behind it."""
-
-    __slots__ = ("blocked", "clock", "engine", "portal", "room", "scope", "sock", "writable")
-
-    def __init__(self, sock: socket.socket, portal: Address, clock: Callable[[], float]) -> None:
-        self.sock = sock
-        self.portal = portal
-        self.clock = clock
-        self.engine: Connection
-        self.blocked = False
-        self.writable = Sleeper()
-        self.room = Sleeper()
-        self.scope = trio.CancelScope()
-
-    def flush(self) -> None:
-        """Send what can be sent; go on with input that waited for output to leave.
-
-        Ends the connection when the engine is done with it.  Never raises.
-        """
-        engine = self.engine
-        while not self.blocked:
-            if not self._send():
-                break
-            if not engine.paused or engine.wants_close:
-                break
-            engine.process(self.clock())
-        if engine.wants_close and (engine.aborted or not self.blocked):
-            self.scope.cancel()
-
-    def _send(self) -> bool:
-        """Send until nothing is left; False if the kernel takes no more or the peer is gone."""
-        engine, sock = self.engine, self.sock
-        try:
-            while pieces := engine.data_to_send():
-                count = sock.send(pieces[0]) if len(pieces) == 1 else sock.sendmsg(pieces)
-                if engine.sent(count):
-                    break
-        except BlockingIOError:
-            self.blocked = True
-            self.writable.wake()
-            engine.keep_views()
-            return False
-        except OSError as error:
-            if error.errno == errno.EFAULT and engine.keep_views():
-                return self._send()
-            engine.abort(f"send failed: {error.strerror}")
-            return False
-        return True
 
 
 class IscsiServer:
@@ -126,9 +59,11 @@ class IscsiServer:
         self._storage = storage
         self._node = TargetNode(config=config, targets=dict(targets), random=secrets.token_bytes)
         self._listeners: list[socket.socket] = []
-        self._links: dict[Connection, _Link] = {}
+        self._links: dict[Connection, Link] = {}
         self._dirty: dict[Connection, None] = {}
         self._flusher = Sleeper()
+        if storage is not None:
+            storage.interlude = self._respond
         self._empty: trio.Event | None = None
         self._listening: trio.CancelScope | None = None
         self._serving: trio.CancelScope | None = None
@@ -258,7 +193,7 @@ class IscsiServer:
             logger.info("connection lost peer=%s:%d error=%s", *peer, error)
             sock.close()
             return
-        link = _Link(sock, portal, self._clock)
+        link = Link(sock, portal, self._clock)
         link.engine = Connection(
             self._node, peer=peer, local=local, now=self._clock(), on_dirty=self._mark_dirty
         )
@@ -289,7 +224,7 @@ class IscsiServer:
 
     # -- connections
 
-    async def _supervise(self, link: _Link) -> None:
+    async def _supervise(self, link: Link) -> None:
         """Serve one connection; whatever goes wrong in it ends only it."""
         engine = link.engine
         try:
@@ -302,7 +237,7 @@ class IscsiServer:
             logger.exception("connection failed peer=%s:%d", *engine.peer)
         finally:
             try:
-                engine.lost("the connection was closed")
+                engine.lost(link.ended or "the connection was closed")
             except Exception:
                 logger.exception("connection clean-up failed peer=%s:%d", *engine.peer)
             self._links.pop(engine, None)
@@ -312,73 +247,28 @@ class IscsiServer:
             trio.lowlevel.notify_closing(link.sock)
             link.sock.close()
 
-    async def _read(self, link: _Link) -> None:
+    async def _read(self, link: Link) -> None:
         """The reader: everything that arrived, as one batch, answered at once."""
-        engine, sock, clock = link.engine, link.sock, self._clock
-        recv_into, flush = sock.recv_into, link.flush
-        poll = AdaptivePoll()
+        engine, sock = link.engine, link.sock
+        patience = AdaptivePoll()
         rounds = 0
         while True:
-            space = engine.receive_buffer()
-            if engine.paused or not space:
-                await link.room.sleep()
+            alone = len(self._links) == 1
+            if not link.receive() and not (alone and link.poll(patience, self._storage)):
+                if link.full:
+                    await link.room.sleep()
+                else:
+                    await trio.lowlevel.wait_readable(sock)
+                    rounds = 0
                 continue
-            try:
-                try:
-                    count = recv_into(space)
-                except BlockingIOError:
-                    found = self._poll(link, poll, space)
-                    if found is None:
-                        await trio.lowlevel.wait_readable(sock)
-                        rounds = 0
-                        continue
-                    count = found
-            except OSError as error:
-                engine.lost(f"receive failed: {error.strerror}")
+            if link.ended is not None:
                 return
-            if count == 0:
-                engine.lost("the initiator closed the connection")
-                return
-            engine.received(count, clock())
-            flush()
             rounds += 1
             if rounds >= ROUNDS or engine.wants_close:
                 rounds = 0
                 await trio.lowlevel.checkpoint()
 
-    def _poll(self, link: _Link, poll: AdaptivePoll, space: memoryview) -> int | None:
-        """Try to receive for a moment; None: there is nothing, sleep.
-
-        Only where nobody else can be waiting for the loop: a single connection.  What the storage
-        completes meanwhile is answered, several commands at a time if many are under way.  Raises
-        `OSError` as recv(2).
-        """
-        engine, storage = link.engine, self._storage
-        executing = engine.executing
-        if len(self._links) > 1 or (executing and storage is None) or not poll.wanted():
-            return None
-        recv_into, now = link.sock.recv_into, time.perf_counter
-        last = begin = now()
-        while (time_now := now()) < last + WINDOW and time_now < begin + MOST_POLLING:
-            ready = storage.ready() if executing and storage is not None else 0
-            if ready and (ready >= min(GROUP, executing // 2) or time_now > last + WINDOW / 4):
-                assert storage is not None
-                engine.collect(storage.kick)
-                link.flush()
-                if engine.wants_close or link.blocked:
-                    return None
-                executing = engine.executing
-                last = now()
-            try:
-                count = recv_into(space)
-            except BlockingIOError:
-                continue
-            poll.ended(True)
-            return count
-        poll.ended(last > begin)
-        return None
-
-    async def _write(self, link: _Link) -> None:
+    async def _write(self, link: Link) -> None:
         """The writer: asleep unless the kernel refused output."""
         while True:
             await link.writable.sleep()
@@ -390,20 +280,28 @@ class IscsiServer:
 
     def _mark_dirty(self, connection: Connection) -> None:
         """The engine has output, or wants to end, without having been called by us."""
-        if not self._dirty:
+        if not self._dirty and (self._storage is None or not self._storage.collecting):
             self._flusher.wake()
         self._dirty[connection] = None
+
+    def _respond(self) -> None:
+        """Between groups of completions: send what they have queued, and look for input."""
+        for link in self._take_dirty():
+            self._guarded(link, link.respond)
+        if self._dirty:
+            self._flusher.wake()
 
     async def _flush_dirty(self) -> None:
         """Send what completions have queued, once per batch of them."""
         while True:
             await self._flusher.sleep()
-            dirty, self._dirty = self._dirty, {}
-            for connection in dirty:
-                link = self._links.get(connection)
-                if link is not None:
-                    self._guarded(link, link.flush)
-                    link.room.wake()
+            for link in self._take_dirty():
+                self._guarded(link, link.flush)
+                link.room.wake()
+
+    def _take_dirty(self) -> list[Link]:
+        dirty, self._dirty = self._dirty, {}
+        return [link for each in dirty if (link := self._links.get(each)) is not None]
 
     async def _tick(self) -> None:
         """Look at every connection's clocks once a second."""
@@ -416,7 +314,7 @@ class IscsiServer:
                     self._guarded(link, link.flush)
 
     @staticmethod
-    def _guarded(link: _Link, work: Callable[[], object]) -> None:
+    def _guarded(link: Link, work: Callable[[], object]) -> None:
         """Do `work` for a connection outside of its task; a defect in it ends only that one."""
         try:
             work()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import trio
 
 from ploopd.fileio import uring
 from ploopd.fileio.engine import IoEngine
-from ploopd.fileio.ring_engine import RingEngine
+from ploopd.fileio.ring_engine import GROUP, RingEngine
 from ploopd.fileio.thread_engine import ThreadEngine
 from tests.unit.fileio.conftest import EngineFactory, until
 
@@ -233,3 +233,71 @@ async def test_idle_kicks_do_nothing(running_engine: EngineFactory) -> None:
         for _ in range(10):
             engine.kick()
         await trio.testing.wait_all_tasks_blocked()
+
+
+@pytest.fixture
+def filled(directory: Path) -> Iterator[int]:
+    """A file of 4 KiB, open for reading."""
+    path = directory / "filled"
+    path.write_bytes(os.urandom(4096))
+    fd = os.open(path, os.O_RDONLY)
+    yield fd
+    os.close(fd)
+
+
+@pytest.mark.skipif(uring.probe() is not None, reason=f"{uring.probe()}")
+@pytest.mark.trio
+async def test_completions_come_in_groups(filled: int) -> None:
+    """With an interlude after each, in which new operations can begin."""
+    engine = RingEngine()
+    results: list[int] = []
+    seen: list[int] = []
+
+    def interlude() -> None:
+        assert engine.collecting
+        seen.append(len(results))
+        if len(seen) == 2:
+            engine.read(filled, engine.buffers.take(512), 0, 0, results.append)
+            engine.kick()
+            assert len(results) == seen[-1], "the next group has not begun"
+
+    engine.interlude = interlude
+    for _ in range(2 * GROUP + 1):
+        engine.read(filled, engine.buffers.take(512), 0, 0, results.append)
+    engine._ring.submit()
+    await until(lambda: engine._ring.completed() == 2 * GROUP + 1)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(engine.run)
+        await until(lambda: len(results) == 2 * GROUP + 2)
+        assert seen[:2] == [GROUP, 2 * GROUP]
+        assert not engine.collecting
+        # What a thread has done while the engine was collecting wakes it afterwards.
+        for _ in range(3):
+            assert await result_of(engine, lambda done: engine.call(filled, int, (), done)) == 0
+        nursery.cancel_scope.cancel()
+    assert results == [512] * (2 * GROUP + 2)
+    engine.close()
+
+
+@pytest.mark.skipif(uring.probe() is not None, reason=f"{uring.probe()}")
+@pytest.mark.trio
+async def test_interludes_without_end_leave_the_loop_its_turns(filled: int) -> None:
+    engine = RingEngine()
+    results: list[int] = []
+
+    def interlude() -> None:
+        engine.read(filled, engine.buffers.take(512), 0, 0, results.append)
+
+    engine.interlude = interlude
+    interlude()
+    engine._ring.submit()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(engine.run)
+        turns = 0
+        with trio.fail_after(10):
+            while turns < 20 or not results:
+                await trio.sleep(0.001)
+                turns += 1
+        engine.interlude = None
+        nursery.cancel_scope.cancel()
+    engine.close()

@@ -81,3 +81,11 @@ def logged_in(port: int) -> Client:
     client.login()
     client.clear_attention()
     return client
+
+
+def logged_in_as(port: int, number: int) -> Client:
+    client = connect(port)
+    client.initiator.isid = b"\x80" + number.to_bytes(5, "big")
+    client.login()
+    client.clear_attention()
+    return client

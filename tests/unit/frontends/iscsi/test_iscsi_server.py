@@ -238,6 +238,8 @@ class CountedStorage:
     """Completes what the device holds when it is asked for the third time."""
 
     def __init__(self, device: MemoryDevice) -> None:
+        self.interlude: Callable[[], None] | None = None
+        self.collecting = False
         self.device = device
         self.asked = 0
         self.completed = 0

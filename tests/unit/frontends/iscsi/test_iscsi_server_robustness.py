@@ -17,6 +17,7 @@ import trio.testing
 from ploopd.frontends.iscsi import server as server_module
 from ploopd.frontends.iscsi.config import Limits
 from ploopd.frontends.iscsi.connection import Connection
+from ploopd.frontends.iscsi.link import Link
 from tests.support.cdb import read_16
 from tests.support.iscsi_client import Client
 from tests.support.iscsi_transport import ConnectionClosed, SocketTransport
@@ -24,9 +25,9 @@ from tests.support.memory_device import Completion, MemoryDevice
 from tests.unit.frontends.iscsi.server_rig import (
     CONFIG,
     SIZE,
-    connect,
     in_thread,
     logged_in,
+    logged_in_as,
     serving,
     until_left,
     use,
@@ -170,9 +171,12 @@ async def test_a_defect_ends_one_connection_only(
 
 
 @pytest.mark.trio
-@pytest.mark.parametrize("method", ["data_to_send", "on_timeout"])
+@pytest.mark.parametrize(("kind", "method"), [(Link, "flush"), (Connection, "on_timeout")])
 async def test_a_defect_outside_of_the_connections_task_ends_one_connection_only(
-    method: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kind: type,
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """In the task that sends what completions queued, and in the one that looks at the clocks."""
     monkeypatch.setattr(server_module, "TICK", 0.05)
@@ -188,14 +192,14 @@ async def test_a_defect_outside_of_the_connections_task_ends_one_connection_only
         while not device.outstanding:  # noqa: ASYNC110 - the server is not to know
             await trio.sleep(0.01)
         (victim,) = [each for each in server.connections if each is not innocent]
-        real = getattr(Connection, method)
+        real = getattr(kind, method)
 
-        def poisoned(self: Connection, *arguments: float) -> object:
-            if self is victim:
+        def poisoned(self: Connection | Link, *arguments: float) -> object:
+            if victim in (self, getattr(self, "engine", None)):
                 raise ZeroDivisionError("scripted defect")
             return real(self, *arguments)
 
-        monkeypatch.setattr(Connection, method, poisoned)
+        monkeypatch.setattr(kind, method, poisoned)
         device.complete()
         with trio.fail_after(5):
             await until_left(server, 1)
@@ -203,14 +207,6 @@ async def test_a_defect_outside_of_the_connections_task_ends_one_connection_only
         client.close()
         other.close()
     assert "scripted defect" in caplog.text
-
-
-def logged_in_as(port: int, number: int) -> Client:
-    client = connect(port)
-    client.initiator.isid = b"\x80" + number.to_bytes(5, "big")
-    client.login()
-    client.clear_attention()
-    return client
 
 
 @pytest.mark.trio
