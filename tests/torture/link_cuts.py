@@ -149,7 +149,6 @@ class Theatre:
             "name": "disk",
             # Nobody may be told BUSY: the load takes that for an error.
             "park_max": "forever",
-            "extra_standby_errnos": list(self.storage.standby_errnos),
         }
         if self.episode.replacement == "reopen":
             config |= {"recovery": "reopen", "recovery_delay": 0.5, "recovery_delay_max": 5.0}

@@ -25,13 +25,11 @@ READY = 30.0
 class Storage(Protocol):
     """A distributed file system, mounted at `mountpoint`.
 
-    `programs`: (program, Debian package) that it needs.  `standby_errnos`: names of what its client
-    answers beside EBUSY, ENOTCONN and EIO when its server is away.  `patience`: what was tuned.
+    `programs`: (program, Debian package) that it needs.  `patience`: what was tuned.
     """
 
     name: str
     programs: tuple[tuple[str, str], ...]
-    standby_errnos: tuple[str, ...]
     patience: str
     mountpoint: Path
 
@@ -59,7 +57,6 @@ class MooseFs:
         ("mfschunkserver", "moosefs-chunkserver"),
         ("mfsmount", "moosefs-client"),
     )
-    standby_errnos: tuple[str, ...] = ()
     patience = "mfsioretries=5 (default 30)"
     _OPTIONS = f"mfsmaster={SERVER},mfsioretries=5"
 
