@@ -80,6 +80,8 @@ class File:
         then use `write`, with all of it."""
         self.try_view: TryView = no_view if self._view is None else self._view.try_view
         """`try_view(offset, length)`: see `FileView.try_view`."""
+        self.try_write_view: TryView = no_view if self._view is None else self._view.try_write_view
+        """`try_write_view(offset, length)`: see `FileView.try_write_view`."""
         self.begin: Begin = no_lane if self._lane is None else self._lane.begin
         """`begin(operation, host)`: see `FileLane.begin`."""
 
@@ -203,6 +205,7 @@ class File:
 
     def punch_now(self, offset: int, length: int) -> None:
         """As `punch`, blocking."""
+        self._forget_view(offset, length)
         try:
             try:
                 self._layer.fallocate(self.fd, _PUNCH, offset, length)
@@ -240,8 +243,13 @@ class File:
 
         Where there are no holes zeros are written.
         """
+        self._forget_view(offset, length)
         queue = self._queue
         queue.start(SpaceChange(queue, _PUNCH, offset, length, self._backend.zero, done))
+
+    def _forget_view(self, offset: int, length: int) -> None:
+        if self._view is not None:
+            self._view.forget(offset, length)
 
     # The lane.
 
@@ -372,7 +380,9 @@ def _lane(opened: Opened, engine: IoEngine | None, backend: Backend) -> FileLane
 def _view(opened: Opened) -> FileView | None:
     if opened.policy is not Policy.INLINE or opened.layer is not REAL:
         return None
-    return FileView(opened.fd, opened.layer) if in_memory(opened.filesystem) else None
+    if not in_memory(opened.filesystem):
+        return None
+    return FileView(opened.fd, read_only=opened.read_only)
 
 
 def _nothing() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import struct
 import sys
@@ -71,6 +72,19 @@ def openat2(dir_fd: int, name: str, flags: int, resolve: int) -> int:
     if result < 0:
         raise last_error("openat2")
     return int(result)
+
+
+def resident(address: int, length: int) -> bool:
+    """mincore(2): whether all pages of a mapping are in memory.
+
+    `address` is that of a page.  The kernel says yes without looking where the caller neither owns
+    the file nor may write to it.
+    """
+    pages = -(-length // mmap.PAGESIZE)
+    found = ctypes.create_string_buffer(pages)
+    if libc().mincore(ctypes.c_void_p(address), ctypes.c_size_t(length), found) != 0:
+        raise last_error("mincore")
+    return all(page & 1 for page in found.raw)
 
 
 def set_modified_now(path: str) -> None:

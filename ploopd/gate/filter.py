@@ -21,7 +21,7 @@ from ploopd.gate.parking import Op, Request
 from ploopd.gate.queue import RequestQueue
 from ploopd.gate.room import Room
 from ploopd.gate.state import GateEvent, GateState, advance
-from ploopd.storage.device import BlockDevice, Done, Extent, views_of
+from ploopd.storage.device import BlockDevice, Done, Extent, views_of, write_views_of
 from scst_shim import QueueFlags, StandbyState
 
 TryNow = Callable[[int, memoryview], bool]
@@ -58,6 +58,7 @@ class Gate:
         "_users",
         "_view_now",
         "_write_now",
+        "_write_view_now",
         "flags",
         "lane",
         "name",
@@ -90,8 +91,6 @@ class Gate:
         self._began_active = False
         self._touched = False
         self._users = 0
-        self._read_now: TryNow = _not_now
-        self._write_now: TryNow = _not_now
         self.lane = GateLane(self._queue, device, clock)
         self._rewire()
         fuses.watcher.subscribe(self._fuse_changed)
@@ -181,6 +180,12 @@ class Gate:
 
     def try_view(self, offset: int, length: int) -> memoryview | None:
         return self._view_now(offset, length)
+
+    def try_write_view(self, offset: int, length: int) -> memoryview | None:
+        busy = self._busy
+        if busy.count and busy.overlaps(offset, length):
+            return None
+        return self._write_view_now(offset, length)
 
     def try_write(self, offset: int, buffer: memoryview) -> bool:
         try:
@@ -363,13 +368,15 @@ class Gate:
         """Point the inline paths at the device or away from it."""
         through = self._state is GateState.ACTIVE and not self._queue.releasing
         writable = through and self._latch is None
-        self._read_now = self._device.try_read if through else _not_now
+        self._read_now: TryNow = self._device.try_read if through else _not_now
         self._view_now = views_of(self._device) if through and self._latch is None else no_view
         room = self._room
         watched = room.failure is not None
         write_now = room.try_write(self._device) if watched else self._device.try_write
-        self._write_now = write_now if writable else _not_now
-        self.lane.reads, self.lane.writes = through, writable and not watched
+        self._write_now: TryNow = write_now if writable else _not_now
+        directly = writable and not watched
+        self._write_view_now = write_views_of(self._device) if directly else no_view
+        self.lane.reads, self.lane.writes = through, directly
 
     def _admit(
         self,

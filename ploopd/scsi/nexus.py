@@ -17,7 +17,7 @@ from ploopd.scsi.sense import CheckCondition
 from ploopd.scsi.task import Status, Task
 from ploopd.scsi.task_management import TaskFunction, TmfResult, abort_all, manage
 from ploopd.scsi.unit_attention import UnitAttention, UnitAttentions
-from ploopd.storage.device import BlockDevice, views_of
+from ploopd.storage.device import BlockDevice, views_of, write_views_of
 from ploopd.storage.lane import LaneRequest
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class ItlNexus:
         "_device_read",
         "_device_view",
         "_device_write",
+        "_device_write_view",
         "_quick_read",
         "_quick_write",
         "lane",
@@ -75,6 +76,7 @@ class ItlNexus:
         self._device_read = device.try_read
         self._device_view = views_of(device)
         self._device_write = device.try_write
+        self._device_write_view = write_views_of(device)
         self.lane = unit.lane
         self._blocks = unit.blocks
         self._quick_read = False
@@ -246,6 +248,26 @@ class ItlNexus:
         stats.writes += 1
         stats.written_bytes += len(view)
         return True
+
+    def try_write_view(self, offset: int, length: int) -> memoryview | None:
+        """Where the bytes of a range that `write_range` gave are to be written now, before anything
+        else is executed, or None: then `try_write`.
+
+        Whoever has written all of it says so by `written`."""
+        return self._device_write_view(offset, length)
+
+    def write_part(self, offset: int, view: memoryview) -> bool:
+        """`try_write` of bytes that are counted by `written`, or written again by `try_write`."""
+        try:
+            return self._device_write(offset, view)
+        except StorageError:
+            return False
+
+    def written(self, length: int) -> None:
+        """A WRITE of so many bytes has been executed through a view."""
+        stats = self.stats
+        stats.writes += 1
+        stats.written_bytes += length
 
 
 class Nexus:

@@ -134,6 +134,21 @@ class HasViews(Protocol):
         ...
 
 
+@runtime_checkable
+class HasWriteViews(Protocol):
+    """A block device that may have some of its bytes in memory to be written to."""
+
+    def try_write_view(self, offset: int, length: int) -> memoryview | None:
+        """Where the bytes are, for one system call in this turn of the event loop that writes
+        them, or None: then use `try_write`.  See `FileView.try_view`."""
+        ...
+
+
 def views_of(device: BlockDevice) -> TryView:
     """The `try_view` of a device, one that says None if it has none."""
     return device.try_view if isinstance(device, HasViews) else no_view
+
+
+def write_views_of(device: BlockDevice) -> TryView:
+    """The `try_write_view` of a device, one that says None if it has none."""
+    return device.try_write_view if isinstance(device, HasWriteViews) else no_view

@@ -51,6 +51,7 @@ class Volume:
         "_readers",
         "_stack",
         "_stop",
+        "_top_view",
         "_top_write",
         "_viewers",
         "_zeros",
@@ -97,6 +98,7 @@ class Volume:
         )
         self.lane = VolumeLane(core, read_only=self.read_only)
         self._top_write = _not_now if self.read_only else core.top.try_write
+        self._top_view = no_view if self.read_only else core.top.try_write_view
         self._zeros = core.zeros
         self._inline_allocation = core.bat is not None and core.top.policy is Policy.INLINE
 
@@ -153,6 +155,27 @@ class Volume:
         if run.length != length or run.level == UNMAPPED:
             return None
         return self._viewers[run.level](run.host, length)
+
+    def try_write_view(self, offset: int, length: int) -> memoryview | None:
+        """See `HasWriteViews.try_write_view`: for what is in one piece of the top file."""
+        size = self.cluster_size
+        cluster = offset // size
+        within = offset - cluster * size
+        if within + length > size:
+            host = self._top_run(offset, length)
+            return None if host is None else self._top_view(host, length)
+        if self._levels[cluster] != TOP or cluster in self._exclusive:
+            return None
+        return self._top_view(self._hosts[cluster] * size + within, length)
+
+    def _top_run(self, offset: int, length: int) -> int | None:
+        """Where in the top file several clusters lie together; None if they do not."""
+        size = self.cluster_size
+        stop = (offset + length - 1) // size + 1
+        if self._exclusive and self._core.locks.first_exclusive(offset // size, stop) is not None:
+            return None
+        run = next(self._core.map.runs(offset, length))
+        return run.host if run.length == length and run.level == TOP else None
 
     def try_write(self, offset: int, buffer: memoryview) -> bool:
         """See `BlockDevice.try_write`."""
@@ -397,6 +420,7 @@ class Volume:
         self._open = False
         self._inline_allocation = False
         self._top_write = _not_now
+        self._top_view = no_view
         self._readers = (_not_now,) * len(self._readers)
         self._viewers = (no_view,) * len(self._viewers)
         self.lane.close()

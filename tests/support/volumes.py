@@ -42,7 +42,7 @@ class Disk:
 
     What is not done inline goes into the lane if that takes it; every third of those is promoted
     while it is under way, and every third goes the ordinary way from the start.  `in_lane` counts
-    them.  Every other read takes a view if there is one; `viewed` counts them.
+    them.  Every other read and write takes a view if there is one; `viewed` counts them.
     """
 
     def __init__(self, volume: Volume, *, inline: bool = True) -> None:
@@ -52,12 +52,11 @@ class Disk:
         self.in_lane = 0
         self.viewed = 0
         self._turn = 0
-        self._reads = 0
+        self._accesses = 0
         self._buffers = BufferPool()
 
     async def read(self, offset: int, length: int) -> bytes:
-        self._reads += 1
-        view = self.volume.try_view(offset, length) if self.inline and self._reads % 2 else None
+        view = self.volume.try_view(offset, length) if self._may_view() else None
         if view is not None:
             self.viewed += 1
             return bytes(view)
@@ -65,6 +64,10 @@ class Disk:
         if not (self.inline and self.volume.try_read(offset, buffer)):
             await self.wait(lambda done: self._read(offset, buffer, done))
         return bytes(buffer)
+
+    def _may_view(self) -> bool:
+        self._accesses += 1
+        return self.inline and self._accesses % 2 == 1
 
     def _read(self, offset: int, buffer: memoryview, done: Done) -> Pending:
         in_lane = self._lane(offset, buffer, done, write=False)
@@ -89,7 +92,13 @@ class Disk:
 
     async def write(self, offset: int, data: bytes, *, fua: bool = False) -> None:
         view = memoryview(data)
-        if fua or not (self.inline and self.volume.try_write(offset, view)):
+        place = None
+        if data and not fua and self._may_view():
+            place = self.volume.try_write_view(offset, len(data))
+        if place is not None:
+            self.viewed += 1
+            place[:] = data
+        elif fua or not (self.inline and self.volume.try_write(offset, view)):
             await self.wait(lambda done: self._write(offset, view, done, fua=fua))
 
     async def zero(

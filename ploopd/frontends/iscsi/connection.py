@@ -20,6 +20,7 @@ from enum import Enum, auto
 from ploopd.fileio.buffers import BufferPool
 from ploopd.frontends.iscsi.chap import ChallengeBook
 from ploopd.frontends.iscsi.config import IscsiConfig
+from ploopd.frontends.iscsi.direct import DirectWrite
 from ploopd.frontends.iscsi.discovery import Directory
 from ploopd.frontends.iscsi.flow import Flow
 from ploopd.frontends.iscsi.full_feature import FullFeature
@@ -112,6 +113,7 @@ class Connection:
         self._phase = Phase.LOGIN
         self._session: Session | None = None
         self._full_feature: FullFeature | None = None
+        self._direct: DirectWrite | None = None
         self._final_reply: LoginReply | None = None
         self._started = now
         self._last_received = now
@@ -160,6 +162,31 @@ class Connection:
         self._receiver.fill += count
         self._last_received = now
         self.process(now)
+
+    @property
+    def missing(self) -> int:
+        """How many bytes of a WRITE may be received into `direct_buffers()`; 0 if none."""
+        if self._direct is None or self.paused or self.wants_close:
+            return 0
+        return self._direct.missing
+
+    def direct_buffers(self) -> list[memoryview]:
+        """Where to receive at least `missing` bytes by one system call, at once, before anything
+        else is done; empty if they have to be received as any others."""
+        return [] if self._direct is None else self._direct.buffers()
+
+    def received_direct(self, count: int, now: float) -> bool:
+        """So many bytes are in `direct_buffers()`; False if the rest has to be received as any
+        others."""
+        assert self._direct is not None
+        self._last_received = now
+        try:
+            complete = self._direct.received(count)
+        except ProtocolError as error:
+            self.abort(str(error))
+            return False
+        self.process(now)
+        return complete
 
     def process(self, now: float) -> None:
         """Handle what is in the receive buffer; also after `paused`, when output has left."""
@@ -319,6 +346,7 @@ class Connection:
         self._tx.header_digest = self._receiver.header_digest = parameters.header_digest
         self._tx.data_digest = self._receiver.data_digest = parameters.data_digest
         self._full_feature = FullFeature(self._flow, self._receiver, session, self)
+        self._direct = self._full_feature.direct
         self._phase = Phase.FULL_FEATURE
         logger.info(
             "login initiator=%s target=%s peer=%s:%d tsih=%d user=%s",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ploopd.frontends.iscsi.command import Command
 from ploopd.frontends.iscsi.commands import Commands
+from ploopd.frontends.iscsi.direct import DirectWrite
 from ploopd.frontends.iscsi.flow import Flow
 from ploopd.frontends.iscsi.lane import Lane
 from ploopd.frontends.iscsi.pdu import REQUEST, RESERVED_TAG, RESPONSE, SERIAL_MASK
@@ -50,12 +51,27 @@ _pack = RESPONSE.pack_into
 class FastPath:
     """See the module's docstring.  Only for connections without digests."""
 
-    __slots__ = ("_commands", "_flow", "_immediate_limit", "_lane", "_nexus", "_receiver")
+    __slots__ = (
+        "_commands",
+        "_direct",
+        "_flow",
+        "_immediate_limit",
+        "_lane",
+        "_nexus",
+        "_receiver",
+    )
 
     def __init__(
-        self, flow: Flow, nexus: Nexus, receiver: Receiver, commands: Commands, lane: Lane
+        self,
+        flow: Flow,
+        nexus: Nexus,
+        receiver: Receiver,
+        commands: Commands,
+        lane: Lane,
+        direct: DirectWrite,
     ) -> None:
         self._flow = flow
+        self._direct = direct
         self._commands = commands
         self._lane = lane
         self._nexus = nexus
@@ -66,6 +82,7 @@ class FastPath:
     def run(self) -> bool:
         """Handle what is plain.  True if output must leave before anything else is done."""
         tx = self._flow.tx
+        self._direct.look_again()
         if (tx.max_cmd_sn - tx.exp_cmd_sn) & SERIAL_MASK == SERIAL_MASK:
             return False  # the command window is closed, and what is done here does not open it
         return self._run(tx)
@@ -100,9 +117,12 @@ class FastPath:
             cdb = buffer[position + 32 : end]
             if plain == _READ and lengths == 0:
                 outcome = self._read(itl, cdb, lun, flags, tag, expected)
-            elif plain == _WRITE and lengths == expected and end + expected <= fill:
+            elif plain == _WRITE and lengths == expected:
                 if tx.viewed:
                     break  # what it changes may be in them
+                if end + expected > fill:
+                    self._direct.consider(itl, cdb, expected, end + expected - fill)
+                    break
                 data = buffer[end : end + expected]
                 end += expected
                 outcome = self._write(itl, cdb, data, lun, flags, tag)
@@ -143,6 +163,12 @@ class FastPath:
         end = op + 48 + expected
         if not itl.try_read(offset, tx.arena[op + 48 : end]):
             return False
+        self._good_data_in(tx, op, expected, tag)
+        tx.op = end
+        return True
+
+    def _good_data_in(self, tx: Transmitter, op: int, expected: int, tag: int) -> None:
+        """Put the header of a whole answer at `op` in the arena."""
         tx.exp_cmd_sn = exp_cmd_sn = (tx.exp_cmd_sn + 1) & SERIAL_MASK
         tx.max_cmd_sn = max_cmd_sn = (tx.max_cmd_sn + 1) & SERIAL_MASK
         stat_sn = tx.stat_sn
@@ -165,8 +191,6 @@ class FastPath:
             0,
         )
         tx.stat_sn = (stat_sn + 1) & SERIAL_MASK
-        tx.op = end
-        return True
 
     def _view_read(self, itl: ItlNexus, offset: int, tag: int, expected: int) -> bool:
         """A READ of the page cache of a file in memory: only headers are in the arena."""
@@ -176,7 +200,15 @@ class FastPath:
         if not self._fits(expected):
             return False
         view = itl.try_view(offset, expected)
-        return view is not None and self._data_in(itl, offset, tag, expected, view)
+        if view is None:
+            return False
+        if expected > parameters.data_in_limit:
+            return self._data_in(itl, offset, tag, expected, view)
+        op = tx.op
+        self._good_data_in(tx, op, expected, tag)
+        tx.op = op + 48
+        tx.put_view(view, itl.read_viewed, offset + expected)
+        return True
 
     def _long_read(self, itl: ItlNexus, offset: int, tag: int, expected: int) -> bool:
         """A READ that takes several Data-In PDUs, still straight into the arena."""

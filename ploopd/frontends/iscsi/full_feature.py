@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ploopd.frontends.iscsi.commands import Commands
+from ploopd.frontends.iscsi.direct import DirectWrite
 from ploopd.frontends.iscsi.discovery import Directory, TextExchange
 from ploopd.frontends.iscsi.fast_path import FastPath
 from ploopd.frontends.iscsi.flow import Flow, TransportAsc
@@ -62,6 +63,7 @@ class FullFeature:
         self._nexus = session.nexus
         self._text = TextExchange(flow, environment.directory, session.target)
         self._fast: FastPath | None = None
+        self.direct: DirectWrite | None = None
         self._lane: Lane | None = None
         self._commands: Commands | None = None
         self._management: TaskManagement | None = None
@@ -84,7 +86,10 @@ class FullFeature:
             self._table[Opcode.TASK_MANAGEMENT] = self._management.receive
             if not (flow.parameters.header_digest or flow.parameters.data_digest):
                 self._lane = Lane(flow, self._commands)
-                self._fast = FastPath(flow, session.nexus, receiver, self._commands, self._lane)
+                self.direct = DirectWrite(flow, session.nexus, receiver)
+                self._fast = FastPath(
+                    flow, session.nexus, receiver, self._commands, self._lane, self.direct
+                )
 
     # -- input
 

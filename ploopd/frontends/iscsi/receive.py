@@ -22,7 +22,8 @@ class Receiver:
     """Bytes that have arrived and are not yet handled: `buffer[position:fill]`.
 
     `max_data` is the largest data segment that a peer may send; a larger one ends the connection
-    before any of it is read.
+    before any of it is read.  `header_first`: when the buffer is empty, receive no more than a
+    header, because what follows it had better go somewhere else.
     """
 
     __slots__ = (
@@ -32,6 +33,7 @@ class Receiver:
         "data_digest",
         "fill",
         "header_digest",
+        "header_first",
         "max_data",
         "position",
         "size",
@@ -46,6 +48,7 @@ class Receiver:
         self.allow_ahs = False
         self.header_digest = False
         self.data_digest = False
+        self.header_first = False
         self._need = 0
 
     def grow(self, size: int, max_data: int) -> None:
@@ -63,6 +66,8 @@ class Receiver:
         position, fill = self.position, self.fill
         if position == fill:
             self.position = self.fill = fill = 0
+            if self.header_first:
+                return self.buffer[:BHS_LENGTH]
         elif position:
             rest = fill - position
             if rest <= 4096 or self.size - position < max(self._need, _SMALL):

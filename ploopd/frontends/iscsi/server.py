@@ -8,6 +8,7 @@ connections, once per batch of completions.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import secrets
@@ -189,6 +190,8 @@ class IscsiServer:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             local: Address = sock.getsockname()[:2]
+            if local[0] == peer[0]:
+                _send_unpaced(sock)
         except OSError as error:
             logger.info("connection lost peer=%s:%d error=%s", *peer, error)
             sock.close()
@@ -321,6 +324,18 @@ class IscsiServer:
         except Exception:
             logger.exception("connection failed peer=%s:%d", *link.engine.peer)
             link.scope.cancel()
+
+
+def _send_unpaced(sock: socket.socket) -> None:
+    """No pacing between two programs of one machine.
+
+    BBR sends by a timer, at the rate that it believes the network to have: here that is a timer and
+    an interrupt for each 64 KiB, and nothing that they are good for.
+    """
+    algorithm = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    if algorithm.startswith(b"bbr"):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
 
 
 async def _bind(portal: Portal) -> socket.socket:

@@ -108,6 +108,8 @@ class Transmitter:
         """`count` bytes of `data_to_send()` are in the kernel; True if that was everything."""
         self.progress += count
         queue = self._queue
+        if count == self._queued + self.op - self.start:
+            return self._all_sent()
         while count and queue:
             view, release, origin = queue[0]
             length = len(view)
@@ -121,11 +123,19 @@ class Transmitter:
             if release is not None:
                 release()
         self.start += count
-        if self.start == self.op and not queue:
-            self.start = self.op = self.viewed = 0
-            self.congested = False
-            return True
         return False
+
+    def _all_sent(self) -> bool:
+        """Begin again with an empty arena; False if a release has brought more output."""
+        done = self._queue
+        self._queued = self.start = self.op = self.viewed = 0
+        self.congested = False
+        if done:
+            self._queue = deque()
+            for _, release, _ in done:
+                if release is not None:
+                    release()
+        return self.pending == 0
 
     def keep_views(self, buffers: BufferPool) -> bool:
         """The kernel does not take the rest now: copy what is left of the views into memory that

@@ -16,7 +16,7 @@ import pytest
 from ploopd.fileio import view as view_module
 from ploopd.fileio.file import File
 from ploopd.fileio.oslayer import RealOs
-from ploopd.fileio.view import CHUNK
+from ploopd.fileio.view import CHUNK, PIECE
 
 CONTENT = bytes(range(256)) * 256
 LENGTH = len(CONTENT)
@@ -80,6 +80,15 @@ def through_socket(view: memoryview) -> bytes:
         return found
 
 
+def into_socket(data: bytes, view: memoryview) -> int:
+    """Let the kernel put `data` into a view; how much of it was."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * len(data))
+        assert theirs.send(data) == len(data)
+        return ours.recv_into(view)
+
+
 def test_it_shows_what_the_file_has_now(image: Path) -> None:
     file = opened(image)
     assert seen(file, 1000, 5000) == CONTENT[1000:6000]
@@ -103,7 +112,7 @@ def test_there_is_none_beyond_the_end_and_it_follows_the_file(image: Path) -> No
     assert seen(file, LENGTH - 1, 2) is None
     assert seen(file, 0, 1) is not None
     assert seen(file, LENGTH, 1) is None
-    file.truncate(LENGTH + 100)
+    file.pwrite(bytes(100), LENGTH)
     assert seen(file, LENGTH - 1, 2) == CONTENT[-1:] + b"\0"
     file.truncate(1000)
     assert seen(file, 0, 1000) == CONTENT[:1000]
@@ -174,10 +183,75 @@ def test_one_view_may_be_longer_than_the_bound(
     monkeypatch.setattr(view_module, "MOST_CHUNKS", 2)
     os.truncate(image, 5 * CHUNK)
     file = opened(image)
-    file.pwrite(b"end", 5 * CHUNK - 3)
-    assert (
-        seen(file, 100, 5 * CHUNK - 100) == CONTENT[100:] + bytes(5 * CHUNK - LENGTH - 3) + b"end"
-    )
+    rest = os.urandom(5 * CHUNK - LENGTH)
+    file.pwrite(rest, LENGTH)
+    assert seen(file, 100, 5 * CHUNK - 100) == CONTENT[100:] + rest
+    file.close()
+
+
+def test_there_is_none_of_a_hole_which_stays_one(image: Path) -> None:
+    """A mapping would fill it with pages of zeros, of a memory that may be full."""
+    os.truncate(image, 4 * CHUNK)
+    file = opened(image)
+    before = image.stat().st_blocks
+    for offset, length in ((0, LENGTH + 1), (LENGTH, 512), (2 * CHUNK, CHUNK), (0, 4 * CHUNK)):
+        assert file.try_view(offset, length) is None
+        assert file.try_write_view(offset, length) is None
+    assert seen(file, 0, LENGTH) == CONTENT
+    assert image.stat().st_blocks == before
+    file.pwrite(b"x" * PIECE, 2 * CHUNK)
+    assert seen(file, 2 * CHUNK, PIECE) == b"x" * PIECE
+    assert file.try_view(2 * CHUNK, PIECE + 1) is None
+    file.close()
+
+
+def test_a_hole_that_was_made_later_stays_one(image: Path) -> None:
+    file = opened(image)
+    assert seen(file, 0, LENGTH) == CONTENT
+    file.punch_now(0, LENGTH)
+    assert file.try_view(0, LENGTH) is None
+    assert image.stat().st_blocks == 0
+    file.close()
+
+
+def test_what_is_received_into_it_is_in_the_file(image: Path) -> None:
+    file = opened(image)
+    view = file.try_write_view(1000, 5000)
+    assert view is not None
+    data = os.urandom(5000)
+    assert into_socket(data, view) == len(data)
+    del view
+    assert image.read_bytes() == CONTENT[:1000] + data + CONTENT[6000:]
+    assert seen(file, 0, LENGTH) == image.read_bytes()
+    file.close()
+
+
+def test_it_is_mapped_before_it_is_used(image: Path) -> None:
+    """A page that is written to first takes a fault of its own."""
+    file = opened(image)
+    assert file.try_write_view(0, LENGTH) is not None
+    assert sum(mappings(image)) >= LENGTH
+    file.close()
+
+
+def test_a_file_that_is_open_read_only_has_none_to_write_to(image: Path) -> None:
+    file = File.open(image, read_only=True, engine=None)
+    assert file.try_write_view(0, 512) is None
+    assert seen(file, 0, LENGTH) == CONTENT
+    file.close()
+
+
+def test_a_file_that_shrinks_cannot_be_written_to_either(image: Path) -> None:
+    file = opened(image)
+    view = file.try_write_view(0, LENGTH)
+    assert view is not None
+    os.truncate(image, 8192)
+    with pytest.raises(OSError) as caught:
+        into_socket(bytes(LENGTH), view[8192:])
+    assert caught.value.errno == errno.EFAULT
+    del view
+    assert file.try_write_view(0, LENGTH) is None
+    assert file.size() == 8192
     file.close()
 
 

@@ -9,7 +9,7 @@ import pytest
 from ploopd.errors import StorageError
 from ploopd.gate.filter import Gate
 from scst_shim import QueueFlags, StandbyCheck
-from tests.support.memory_device import MemoryDevice
+from tests.support.memory_device import Completion, MemoryDevice
 
 SIZE = 1 << 20
 
@@ -18,6 +18,9 @@ class ViewedDevice(MemoryDevice):
     """One whose bytes lie in memory."""
 
     def try_view(self, offset: int, length: int) -> memoryview | None:
+        return memoryview(self.data)[offset : offset + length]
+
+    def try_write_view(self, offset: int, length: int) -> memoryview | None:
         return memoryview(self.data)[offset : offset + length]
 
 
@@ -45,15 +48,19 @@ def test_while_it_is_open() -> None:
 
 
 def test_a_device_without_views() -> None:
-    assert gate_of(MemoryDevice(SIZE)).try_view(0, 512) is None
+    gate = gate_of(MemoryDevice(SIZE))
+    assert gate.try_view(0, 512) is None
+    assert gate.try_write_view(0, 512) is None
 
 
 def test_none_in_standby_and_those_of_the_new_device_afterwards() -> None:
     gate = gate_of(ViewedDevice(SIZE))
     gate.enter_standby("a test")
     assert gate.try_view(0, 512) is None
+    assert gate.try_write_view(0, 512) is None
     gate.begin_recovery()
     assert gate.try_view(0, 512) is None
+    assert gate.try_write_view(0, 512) is None
     new = ViewedDevice(SIZE)
     new.data[:512] = b"n" * 512
     gate.swap(new)
@@ -62,6 +69,34 @@ def test_none_in_standby_and_those_of_the_new_device_afterwards() -> None:
     view = gate.try_view(0, 512)
     assert view is not None
     assert bytes(view) == b"n" * 512
+    written = gate.try_write_view(0, 512)
+    assert written is not None
+    written[:] = b"w" * 512
+    assert new.data[:512] == b"w" * 512
+
+
+def test_none_of_what_is_being_changed() -> None:
+    device = ViewedDevice(SIZE, completion=Completion.MANUAL)
+    gate = gate_of(device)
+    gate.write(4096, memoryview(bytearray(4096)), lambda error: None)
+    assert gate.try_write_view(0, 4096) is not None
+    assert gate.try_write_view(0, 8192) is None
+    device.complete()
+    assert gate.try_write_view(0, 8192) is not None
+
+
+def test_none_to_write_to_while_there_is_no_room() -> None:
+    """A view would not tell that there is some again."""
+    device = ViewedDevice(SIZE)
+    gate = gate_of(device)
+    device.fail("write", errno.ENOSPC)
+    gate.write(0, memoryview(bytearray(512)), lambda error: None)
+    assert gate.full is not None
+    assert gate.try_write_view(4096, 512) is None
+    assert gate.try_view(4096, 512) is not None
+    gate.write(0, memoryview(bytearray(512)), lambda error: None)
+    assert gate.full is None
+    assert gate.try_write_view(4096, 512) is not None
 
 
 def test_none_once_the_storage_has_failed() -> None:
@@ -74,3 +109,4 @@ def test_none_once_the_storage_has_failed() -> None:
         gate.try_read(0, memoryview(bytearray(512)))
     assert gate.latched is not None
     assert gate.try_view(0, 512) is None
+    assert gate.try_write_view(0, 512) is None

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from ploopd.storage.create import create_image
-from ploopd.storage.device import views_of
+from ploopd.storage.device import views_of, write_views_of
 from ploopd.storage.journal import Journal
 from ploopd.storage.journaled import JournaledDevice
+from tests.support import images
 from tests.support.memory_device import MemoryDevice, pattern
 from tests.support.volumes import Disk, open_disk, running_engine
 
@@ -74,6 +75,52 @@ async def test_none_of_a_cluster_that_is_being_changed(shm: Path) -> None:
 
 
 @pytest.mark.trio
+async def test_where_it_can_be_written(shm: Path) -> None:
+    async with disk(shm) as opened:
+        volume = opened.volume
+        for offset, length in ((512, CLUSTER - 512), (CLUSTER - 512, 2 * CLUSTER)):
+            view = volume.try_write_view(offset, length)
+            assert view is not None
+            data = pattern(length, offset)
+            view[:] = data
+            del view
+            assert await opened.read(offset, length) == data
+        assert volume.try_write_view(4 * CLUSTER - 512, 1024) is None, "two pieces"
+        assert volume.try_write_view(8 * CLUSTER, 512) is None, "a hole"
+        assert volume.try_write_view(8 * CLUSTER, 2 * CLUSTER) is None
+        await volume._core.locks.acquire(1)
+        assert volume.try_write_view(CLUSTER, 512) is None
+        assert volume.try_write_view(0, 3 * CLUSTER) is None
+        volume._core.locks.unlock(1)
+        try_write_view = volume.try_write_view
+        assert try_write_view(CLUSTER, 512) is not None
+    assert try_write_view(CLUSTER, 512) is None, "it is closed"
+
+
+@pytest.mark.trio
+async def test_only_the_top_is_written_to(shm: Path) -> None:
+    image = images.v2_1m(shm)
+    lower = image.serve.rename(shm / "lower.hds")
+    size = image.raw.stat().st_size
+    create_image(shm / "top.hds", size=size, cluster_size=images.MIB)
+    rows = [(images.guid(1), "Compressed", lower.name)]
+    rows.append((images.TOP_GUID, "Compressed", "top.hds"))
+    chain = images.write_descriptor(shm, size, rows)
+    content = image.raw.read_bytes()
+    place = next(at for at in range(0, size, images.MIB) if any(content[at : at + 512]))
+    for read_only in (False, True):
+        async with (
+            running_engine() as engine,
+            open_disk(chain, engine, read_only=read_only) as opened,
+        ):
+            assert opened.volume.try_view(place, 512) is not None
+            assert opened.volume.try_write_view(place, 512) is None
+            if not read_only:
+                await opened.write(place, pattern(512, 2))
+                assert opened.volume.try_write_view(place, 512) is not None
+
+
+@pytest.mark.trio
 async def test_a_closed_volume_has_none(shm: Path) -> None:
     async with disk(shm) as opened:
         try_view = opened.volume.try_view
@@ -99,6 +146,7 @@ async def test_with_the_journal(shm: Path) -> None:
         assert device.try_write(512, memoryview(data))
         assert device.try_view(512, 512) is None, "the storage may lose it"
         assert device.try_view(0, 1024) is None
+        assert write_views_of(device)(0, 512) is None, "the journal would not know"
         view = device.try_view(1024, 512)
         assert view is not None
         assert bytes(view) == bytes(opened.volume.try_view(1024, 512) or b"")
@@ -107,3 +155,4 @@ async def test_with_the_journal(shm: Path) -> None:
 
 def test_a_device_without_views() -> None:
     assert views_of(MemoryDevice(1 << 20))(0, 512) is None
+    assert write_views_of(MemoryDevice(1 << 20))(0, 512) is None
