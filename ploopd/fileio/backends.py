@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from ploopd.fileio.buffers import Buffer
 from ploopd.fileio.completions import Callback
 from ploopd.fileio.engine import IoEngine
 from ploopd.fileio.oslayer import OsLayer
 
-DIRECT_ALIGNMENT = 512
+DIRECT_ALIGNMENT: Final = 512
 """SCSI's block: O_DIRECT is used where offsets and lengths of 512 are enough for it."""
 
-_ZEROES = 1 << 20
+_ZEROES: Final = 1 << 20
 
 
 class Backend(Protocol):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from typing import Final
 
-PAGE = 4096
+PAGE: Final = 4096
 
 
 class Buffer:

@@ -12,6 +12,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from typing import Final
 
 from ploopd.errors import StorageError
 from ploopd.fileio import libc
@@ -38,7 +39,7 @@ from ploopd.fileio.waiting import wait_for
 
 __all__ = ["CacheMode", "Done", "File", "Policy"]
 
-_PUNCH = libc.FALLOC_FL_PUNCH_HOLE | libc.FALLOC_FL_KEEP_SIZE
+_PUNCH: Final = libc.FALLOC_FL_PUNCH_HOLE | libc.FALLOC_FL_KEEP_SIZE
 
 
 class File:

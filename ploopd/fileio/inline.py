@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Protocol
+from typing import Final, Protocol
 
 from ploopd.errors import StorageError
 from ploopd.fileio.oslayer import OsLayer
 
-PATIENCE = 4
+PATIENCE: Final = 4
 """Misses in a row before NOWAIT reads are left out for a while: a miss costs more than a hit."""
 
-SKIP_FIRST = 16
-SKIP_MOST = 1024
+SKIP_FIRST: Final = 16
+SKIP_MOST: Final = 1024
 """How many reads go straight to the engine then; doubled while the next try misses again."""
 
-_FOR_EVER = 1 << 62
+_FOR_EVER: Final = 1 << 62
 
 
 class InlineIo(Protocol):

@@ -10,7 +10,7 @@ layer makes what it would have had, had the operation gone the ordinary way from
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mypy_extensions import mypyc_attr
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from ploopd.fileio.operation_queue import OperationQueue
     from ploopd.fileio.operations import Transfer
 
-MOST_OPERATIONS = 64
+MOST_OPERATIONS: Final = 64
 """Operations of one file in the lane at a time; what comes beyond goes the ordinary way."""
 
-MOST_BYTES = 8 << 20
+MOST_BYTES: Final = 8 << 20
 """Bytes of them."""
 
 

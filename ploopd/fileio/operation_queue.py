@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Callable
+from typing import Final
 
 from ploopd.errors import StorageError
 from ploopd.fileio.backends import Backend
@@ -12,10 +13,10 @@ from ploopd.fileio.buffers import BufferPool
 from ploopd.fileio.operations import Operation
 from ploopd.fileio.waiting import Waiter
 
-MOST_OPERATIONS = 64
+MOST_OPERATIONS: Final = 64
 """Operations of one file that are under way at a time."""
 
-MOST_BYTES = 16 << 20
+MOST_BYTES: Final = 16 << 20
 """Bytes of them: what a file that hangs can hold of memory."""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ploopd.errors import StorageError
 from ploopd.fileio.buffers import Buffer
@@ -18,8 +18,8 @@ from ploopd.fileio.completions import Callback
 if TYPE_CHECKING:
     from ploopd.fileio.operation_queue import OperationQueue
 
-_AGAIN = (-errno.EINTR, -errno.EAGAIN)
-_MOST_REPEATS = 100
+_AGAIN: Final = (-errno.EINTR, -errno.EAGAIN)
+_MOST_REPEATS: Final = 100
 
 Done = Callable[[StorageError | None], None]
 """A completion: called once, from the loop's thread, with None for success.  Never raises."""

@@ -8,10 +8,12 @@ do with processors that halt, and stops doing so where it does not pay.
 
 from __future__ import annotations
 
-WINDOW = 100e-6
+from typing import Final
+
+WINDOW: Final = 100e-6
 """Seconds to try: about what sleeping and being woken costs on a quiet virtual machine."""
 
-MOST_SKIPPED = 1024
+MOST_SKIPPED: Final = 1024
 """How many waits in a row go without trying, at most, where trying is in vain."""
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
@@ -22,22 +22,22 @@ from ploopd.fileio.uring import ASYNC, CANCEL_ALL_OF_FD, FSYNC_DATASYNC, Entry, 
 if TYPE_CHECKING:
     from ploopd.fileio.lane import LaneOperation
 
-WORKERS = 512
+WORKERS: Final = 512
 """Kernel workers for operations that block; they exist only while they are needed."""
 
-_THREADS_PER_FILE = 8
-_EAGER = 8
+_THREADS_PER_FILE: Final = 8
+_EAGER: Final = 8
 """Queued operations that are submitted without waiting for the end of the batch: the disk works
 while the rest of the batch is being prepared."""
 
-_FEW = 4
-_MAX_ROUNDS = 8
-_RETRY = 0.01
+_FEW: Final = 4
+_MAX_ROUNDS: Final = 8
+_RETRY: Final = 0.01
 
-GROUP = 10
+GROUP: Final = 10
 """Completions between two interludes."""
 
-_MOST_COLLECTING = 2e-3
+_MOST_COLLECTING: Final = 2e-3
 """Seconds after which the loop's other tasks get their turn."""
 
 

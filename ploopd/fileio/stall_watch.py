@@ -18,14 +18,14 @@ import os
 import struct
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from ploopd.fileio.buffers import Buffer, BufferPool
 from ploopd.fileio.completions import Callback
 from ploopd.fileio.thread_engine import ThreadEngine
 from ploopd.fileio.uring import Entry, Opcode
 
-TICK = 0.2
+TICK: Final = 0.2
 """Seconds; a write that shares a queue with a stalled one waits for two of them at most."""
 
 DIVERSION = 10.0
@@ -33,10 +33,10 @@ DIVERSION = 10.0
 
 Operation = tuple[Entry, Buffer | None, Callback]
 
-_TIMESPEC = struct.Struct("=qq")
-_QUEUED = frozenset({Opcode.WRITE, Opcode.FALLOCATE})
-_CONTROL = frozenset({Opcode.ASYNC_CANCEL, Opcode.TIMEOUT})
-_NOT_DONE = frozenset({-errno.ECANCELED, -errno.EINTR})
+_TIMESPEC: Final = struct.Struct("=qq")
+_QUEUED: Final = frozenset({Opcode.WRITE, Opcode.FALLOCATE})
+_CONTROL: Final = frozenset({Opcode.ASYNC_CANCEL, Opcode.TIMEOUT})
+_NOT_DONE: Final = frozenset({-errno.ECANCELED, -errno.EINTR})
 
 
 class SubmitControl(Protocol):

@@ -17,43 +17,48 @@ import platform
 import struct
 import sys
 from enum import IntEnum
+from typing import Final
 
 from ploopd.fileio.libc import last_error, libc
 
 _SYS_SETUP = 425
-_SYS_ENTER = 426
-_SYS_REGISTER = 427
+_SYS_ENTER: Final = 426
+_SYS_REGISTER: Final = 427
 
-_SETUP_CQSIZE = 1 << 3
-_SETUP_CLAMP = 1 << 4
-_SETUP_COOP_TASKRUN = 1 << 8
-_SETUP_TASKRUN_FLAG = 1 << 9
+_SETUP_CQSIZE: Final = 1 << 3
+_SETUP_CLAMP: Final = 1 << 4
+_SETUP_COOP_TASKRUN: Final = 1 << 8
+_SETUP_TASKRUN_FLAG: Final = 1 << 9
 _COOPERATIVE = _SETUP_COOP_TASKRUN | _SETUP_TASKRUN_FLAG
 """Completions do not interrupt the thread: it sees them when it enters the kernel (Linux 5.19)."""
-_ENTER_GETEVENTS = 1 << 0
-_FEAT_NODROP = 1 << 1
-_REGISTER_EVENTFD = 4
-_REGISTER_IOWQ_MAX_WORKERS = 19
-_SQ_CQ_OVERFLOW = 1 << 1
-_SQ_TASKRUN = 1 << 2
+_ENTER_GETEVENTS: Final = 1 << 0
+_FEAT_NODROP: Final = 1 << 1
+_REGISTER_EVENTFD: Final = 4
+_REGISTER_IOWQ_MAX_WORKERS: Final = 19
+_SQ_CQ_OVERFLOW: Final = 1 << 1
+_SQ_TASKRUN: Final = 1 << 2
 
-_OFF_SQ_RING = 0
-_OFF_CQ_RING = 0x8000000
-_OFF_SQES = 0x10000000
+_OFF_SQ_RING: Final = 0
+_OFF_CQ_RING: Final = 0x8000000
+_OFF_SQES: Final = 0x10000000
 
-_PARAMS_SIZE = 120
-_PARAMS_HEAD = struct.Struct("<5I")  # sq_entries cq_entries flags sq_thread_cpu sq_thread_idle
-_PARAMS_FEATURES = 20
-_PARAMS_SQ_OFF = 40  # head tail ring_mask ring_entries flags dropped array
-_PARAMS_CQ_OFF = 80  # head tail ring_mask ring_entries overflow cqes flags
-_OFFSETS = struct.Struct("<7I")
+_PARAMS_SIZE: Final = 120
+_PARAMS_HEAD: Final = struct.Struct(
+    "<5I"
+)  # sq_entries cq_entries flags sq_thread_cpu sq_thread_idle
+_PARAMS_FEATURES: Final = 20
+_PARAMS_SQ_OFF: Final = 40  # head tail ring_mask ring_entries flags dropped array
+_PARAMS_CQ_OFF: Final = 80  # head tail ring_mask ring_entries overflow cqes flags
+_OFFSETS: Final = struct.Struct("<7I")
 
-_SQE = struct.Struct("<BBHiQQIIQ24x")  # opcode flags ioprio fd off addr len op_flags user_data
-_CQE = struct.Struct("<Qi4x")
-_SQE_SIZE = 64
-_CQE_SIZE = 16
+_SQE: Final = struct.Struct(
+    "<BBHiQQIIQ24x"
+)  # opcode flags ioprio fd off addr len op_flags user_data
+_CQE: Final = struct.Struct("<Qi4x")
+_SQE_SIZE: Final = 64
+_CQE_SIZE: Final = 16
 
-CANCEL_ALL_OF_FD = 0b11
+CANCEL_ALL_OF_FD: Final = 0b11
 """IORING_ASYNC_CANCEL_ALL | IORING_ASYNC_CANCEL_FD (Linux 5.19)."""
 
 
@@ -69,8 +74,8 @@ class Opcode(IntEnum):
     WRITE = 23
 
 
-FSYNC_DATASYNC = 1
-ASYNC = 1 << 4
+FSYNC_DATASYNC: Final = 1
+ASYNC: Final = 1 << 4
 """IOSQE_ASYNC: a kernel worker does it from the start, so that submitting never waits."""
 
 Entry = tuple[int, int, int, int, int, int, int, int]

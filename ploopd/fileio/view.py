@@ -11,22 +11,23 @@ import contextlib
 import mmap
 import os
 from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 
 from ploopd.fileio import libc
 
-CHUNK = 2 << 20
+CHUNK: Final = 2 << 20
 """Bytes of the file that are forgotten together: what one page of page tables maps."""
 
 MOST_CHUNKS = 1024
 """Chunks in use at a time.  Their pages are the file's and take no other memory, but they count as
 resident memory of this process, and each takes a page of page tables."""
 
-PIECE = 64 << 10
+PIECE: Final = 64 << 10
 """Bytes of a chunk that are mapped together when they are first used."""
 
-_MADV_POPULATE_READ = 22
+_MADV_POPULATE_READ: Final = 22
 
 TryView = Callable[[int, int], memoryview | None]
 

@@ -7,7 +7,7 @@ sequence number, given at admission, is its place in line for as long as it live
 from __future__ import annotations
 
 from enum import Enum, auto
-from typing import Protocol
+from typing import Final, Protocol
 
 from ploopd.errors import StorageError
 from ploopd.storage.device import Done, Pending
@@ -23,7 +23,7 @@ class Op(Enum):
     FLUSH = "flush"
 
 
-CHANGING = frozenset({Op.WRITE, Op.WRITE_ZEROES, Op.DISCARD})
+CHANGING: Final = frozenset({Op.WRITE, Op.WRITE_ZEROES, Op.DISCARD})
 """The operations that change the disk's content or map."""
 
 

@@ -5,10 +5,10 @@ A coarse table finds the few requests that may overlap; only those are compared 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
-_SHIFT = 16
-_WIDE = 64
+_SHIFT: Final = 16
+_WIDE: Final = 64
 """Requests over more granules of 64 KiB than this are kept in a list of their own."""
 
 

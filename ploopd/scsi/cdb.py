@@ -6,20 +6,21 @@ Source: SPC-4 4.2 (CDB formats), SBC-3 clause 5.  All numbers are logical blocks
 from __future__ import annotations
 
 from struct import Struct
+from typing import Final
 
-BLOCK_SHIFT = 9
-BLOCK_SIZE = 1 << BLOCK_SHIFT
+BLOCK_SHIFT: Final = 9
+BLOCK_SIZE: Final = 1 << BLOCK_SHIFT
 
 LbaRange = tuple[int, int]
 """(LBA, number of logical blocks)."""
 
-CDB6 = Struct(">BBHBB")
+CDB6: Final = Struct(">BBHBB")
 """opcode, LBA bits 20-16, LBA bits 15-0, transfer length, control."""
-CDB10 = Struct(">BBIBHB")
+CDB10: Final = Struct(">BBIBHB")
 """opcode, flags, LBA, group, transfer length, control."""
-CDB12 = Struct(">BBIIBB")
+CDB12: Final = Struct(">BBIIBB")
 """opcode, flags, LBA, transfer length, group, control."""
-CDB16 = Struct(">BBQIBB")
+CDB16: Final = Struct(">BBQIBB")
 """opcode, flags, LBA, transfer length, group, control."""
 
 

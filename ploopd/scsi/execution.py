@@ -9,7 +9,7 @@ its `StorageError` thrown in where it waited.  Returning ends the command with G
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ploopd.errors import StorageError
 from ploopd.scsi.sense import CheckCondition
@@ -30,9 +30,9 @@ class _Issuing:
         return False
 
 
-ISSUING = _Issuing()
+ISSUING: Final = _Issuing()
 
-SLICE = 0.002
+SLICE: Final = 0.002
 """Seconds for which one command may keep the event loop before it lets others run."""
 
 

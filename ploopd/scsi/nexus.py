@@ -6,7 +6,7 @@ Source: SAM-5 4.7, 5.1 (Execute Command), clause 7 (task management).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ploopd.errors import StorageError
 from ploopd.scsi.cdb import BLOCK_SHIFT, CDB6, CDB10, CDB12, CDB16
@@ -23,10 +23,10 @@ from ploopd.storage.lane import LaneRequest
 if TYPE_CHECKING:
     from ploopd.scsi.target import Target
 
-_unpack_6 = CDB6.unpack_from
-_unpack_10 = CDB10.unpack_from
-_unpack_12 = CDB12.unpack_from
-_unpack_16 = CDB16.unpack_from
+_unpack_6: Final = CDB6.unpack_from
+_unpack_10: Final = CDB10.unpack_from
+_unpack_12: Final = CDB12.unpack_from
+_unpack_16: Final = CDB16.unpack_from
 
 
 def single_level_lun(field: int) -> int | None:

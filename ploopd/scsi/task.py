@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum, IntEnum, auto
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from ploopd.scsi.commands.command import Command
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ploopd.scsi.nexus import ItlNexus, Nexus
     from ploopd.storage.device import Pending
 
-EMPTY = memoryview(b"")
+EMPTY: Final = memoryview(b"")
 
 
 class Status(IntEnum):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,13 @@ import numpy.typing as npt
 Indexes = npt.NDArray[np.uint32]
 Levels = npt.NDArray[np.uint8]
 
-UNMAPPED = 0
-TOP = 1
-MAX_LEVELS = 128
+UNMAPPED: Final = 0
+TOP: Final = 1
+MAX_LEVELS: Final = 128
 """Deltas in one chain (ploop-format: vz7 refuses more); one level byte has room for them."""
 
-_CHUNK = 1 << 20
-_SEGMENT_CHUNK = 1 << 16
+_CHUNK: Final = 1 << 20
+_SEGMENT_CHUNK: Final = 1 << 16
 
 
 class Run(NamedTuple):

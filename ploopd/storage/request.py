@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from typing import Final
 
 from ploopd.errors import StorageError
 from ploopd.storage.device import Done
@@ -112,4 +113,4 @@ class Finished:
         return False
 
 
-FINISHED = Finished()
+FINISHED: Final = Finished()

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import struct
+from typing import Final
 
 from ploopd.fileio.buffers import Buffer
 from ploopd.frontends.iscsi.pdu import FINAL
 from ploopd.scsi.nexus import ItlNexus
 from ploopd.scsi.task import Attribute, Direction, Task
 
-READ_FLAG = 0x40
-WRITE_FLAG = 0x20
-ATTRIBUTE_MASK = 0x07
+READ_FLAG: Final = 0x40
+WRITE_FLAG: Final = 0x20
+ATTRIBUTE_MASK: Final = 0x07
 
-OVERFLOW = 0x04
-UNDERFLOW = 0x02
+OVERFLOW: Final = 0x04
+UNDERFLOW: Final = 0x02
 
-BLOCK = 512
-_WRITE_16 = struct.Struct(">BBQIBB")
+BLOCK: Final = 512
+_WRITE_16: Final = struct.Struct(">BBQIBB")
 
 
 class ReadyToTransfer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Final
 
 from ploopd.frontends.iscsi.command import OVERFLOW, UNDERFLOW, Command
 from ploopd.frontends.iscsi.data_out import DataOut
@@ -20,7 +21,7 @@ from ploopd.scsi.nexus import ItlNexus, Nexus
 from ploopd.scsi.task import Attribute, Direction, Status, Task, TaskState
 from ploopd.scsi.task_management import TaskFunction, TmfResult
 
-_SMALL_ANSWER = 4096
+_SMALL_ANSWER: Final = 4096
 """What a data-in command without an LBA range is assumed to take."""
 
 

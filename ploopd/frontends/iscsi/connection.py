@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Final
 
 from ploopd.fileio.buffers import BufferPool
 from ploopd.frontends.iscsi.chap import ChallengeBook
@@ -47,9 +48,9 @@ from ploopd.scsi.target import Target
 
 logger = logging.getLogger(__name__)
 
-_LOGIN_BUFFER = 12 * 1024
-_LOGIN_ARENA = 16 * 1024
-_REINSTATEMENT_WAIT = 10.0
+_LOGIN_BUFFER: Final = 12 * 1024
+_LOGIN_ARENA: Final = 16 * 1024
+_REINSTATEMENT_WAIT: Final = 10.0
 """Seconds to wait for the old session's writes before the new one may begin anyway."""
 
 

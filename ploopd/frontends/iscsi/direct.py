@@ -8,6 +8,8 @@ Nothing else happens in between, so that for everybody else this is a WRITE like
 
 from __future__ import annotations
 
+from typing import Final
+
 from ploopd.frontends.iscsi.flow import Flow
 from ploopd.frontends.iscsi.pdu import (
     BHS_LENGTH,
@@ -20,13 +22,13 @@ from ploopd.frontends.iscsi.pdu import (
 from ploopd.frontends.iscsi.receive import Receiver
 from ploopd.scsi.nexus import ItlNexus, Nexus
 
-LEAST_DIRECT = 128 << 10
+LEAST_DIRECT: Final = 128 << 10
 """Bytes of a WRITE from which on it pays."""
 
-LEAST_MISSING = 32 << 10
+LEAST_MISSING: Final = 32 << 10
 """Bytes of it that are still to come from which on it pays."""
 
-_unpack = REQUEST.unpack_from
+_unpack: Final = REQUEST.unpack_from
 
 
 class DirectWrite:

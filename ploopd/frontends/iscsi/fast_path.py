@@ -8,6 +8,8 @@ completed at once, ends the loop without having had an effect; the general path 
 
 from __future__ import annotations
 
+from typing import Final
+
 from ploopd.frontends.iscsi.command import Command
 from ploopd.frontends.iscsi.commands import Commands
 from ploopd.frontends.iscsi.direct import DirectWrite
@@ -18,34 +20,36 @@ from ploopd.frontends.iscsi.receive import Receiver
 from ploopd.frontends.iscsi.transmit import Transmitter, data_in_space
 from ploopd.scsi.nexus import ItlNexus, Nexus
 
-_COMMAND = 0x01  # a SCSI Command that is not for immediate delivery
-_READ = 0xC0  # final, R; with attribute untagged (0) or simple (1)
-_WRITE = 0xA0  # final, W
-_ATTRIBUTE_BIT = 0xFE
-_GOOD_DATA_IN = 0x81  # final, status included
-_DATA_IN = 0x25
-_RESPONSE = 0x21
-_FINAL = 0x80
+_COMMAND: Final = 0x01  # a SCSI Command that is not for immediate delivery
+_READ: Final = 0xC0  # final, R; with attribute untagged (0) or simple (1)
+_WRITE: Final = 0xA0  # final, W
+_ATTRIBUTE_BIT: Final = 0xFE
+_GOOD_DATA_IN: Final = 0x81  # final, status included
+_DATA_IN: Final = 0x25
+_RESPONSE: Final = 0x21
+_FINAL: Final = 0x80
 
-_NO, _LATER, _NOW = -1, 0, 1
+_NO: Final = -1
+_LATER: Final = 0
+_NOW: Final = 1
 """What became of a PDU: not for the fast path; begun or answered; a READ answered with its data."""
 
-BURST = 16
+BURST: Final = 16
 """READs answered before what is there is sent: the initiator works on it meanwhile."""
 
-ENOUGH = 128 << 10
+ENOUGH: Final = 128 << 10
 """Bytes in the arena that are sent before more is read: what was read is still in the processor's
 cache then, and the initiator copies it while the next is read."""
 
-LEAST_VIEWED = 64 << 10
+LEAST_VIEWED: Final = 64 << 10
 """Bytes of a READ, and of its PDUs, from which on the page cache is sent where it is, if it can."""
 
-MOST_VIEWED = 512 << 10
+MOST_VIEWED: Final = 512 << 10
 """Bytes of that before they are sent.  One system call for several READs wakes the initiator once;
 with more the kernel begins to refuse some of it, which is copied then."""
 
-_unpack = REQUEST.unpack_from
-_pack = RESPONSE.pack_into
+_unpack: Final = REQUEST.unpack_from
+_pack: Final = RESPONSE.pack_into
 
 
 class FastPath:

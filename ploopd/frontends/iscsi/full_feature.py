@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from ploopd.frontends.iscsi.commands import Commands
 from ploopd.frontends.iscsi.direct import DirectWrite
@@ -28,7 +28,7 @@ from ploopd.frontends.iscsi.receive import Receiver
 from ploopd.frontends.iscsi.session import Session
 from ploopd.frontends.iscsi.task_management import TaskManagement
 
-_SEQUENCED = frozenset(
+_SEQUENCED: Final = frozenset(
     {
         Opcode.NOP_OUT,
         Opcode.SCSI_COMMAND,
@@ -37,7 +37,7 @@ _SEQUENCED = frozenset(
         Opcode.LOGOUT,
     }
 )
-_PING = 0x7F000001
+_PING: Final = 0x7F000001
 """The transfer tag of our NOP-In pings; one is outstanding at most."""
 
 

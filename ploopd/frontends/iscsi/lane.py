@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from functools import partial
+from typing import Final
 
 from ploopd.frontends.iscsi.command import Command
 from ploopd.frontends.iscsi.commands import Commands
@@ -19,16 +20,17 @@ from ploopd.scsi.cdb import BLOCK_SHIFT
 from ploopd.scsi.nexus import ItlNexus
 from ploopd.storage.lane import LaneRequest
 
-MOST_LENGTH = 256 << 10
+MOST_LENGTH: Final = 256 << 10
 """Longer transfers go the ordinary way: for them its cost does not count."""
 
-CACHED = 1 << 20
+CACHED: Final = 1 << 20
 """Bytes of buffers that a connection keeps for its next commands."""
 
-_READ_16, _WRITE_16 = 0x88, 0x8A
-_CDB_16 = struct.Struct(">BBQIBB")
-_GOOD = FINAL | 1
-_pack = RESPONSE.pack_into
+_READ_16: Final = 0x88
+_WRITE_16: Final = 0x8A
+_CDB_16: Final = struct.Struct(">BBQIBB")
+_GOOD: Final = FINAL | 1
+_pack: Final = RESPONSE.pack_into
 
 
 class LaneCommand(LaneRequest):

@@ -13,7 +13,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 import trio
 
@@ -21,16 +21,16 @@ from ploopd.fileio.polling import WINDOW, AdaptivePoll
 from ploopd.frontends.iscsi.connection import Connection
 from ploopd.sleeper import Sleeper
 
-_GROUP = 8
+_GROUP: Final = 8
 """Completed commands that are answered together, if so many are under way: they share the system
 calls."""
-_TOGETHER = 2
+_TOGETHER: Final = 2
 """WRITEs whose data is received directly that are answered together."""
-_ROOM = 1 << 20
+_ROOM: Final = 1 << 20
 """Bytes that the kernel shall keep for a connection with large WRITEs."""
-_PATIENCE = 50e-6
+_PATIENCE: Final = 50e-6
 """Seconds in which the rest of a WRITE arrives over the loopback interface."""
-_MOST_POLLING = 2e-3
+_MOST_POLLING: Final = 2e-3
 """Seconds after which a reader that looks for input gives way, whatever the storage completes."""
 
 

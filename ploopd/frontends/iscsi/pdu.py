@@ -10,33 +10,34 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Final
 
-BHS_LENGTH = 48
-MAX_AHS_LENGTH = 255 * 4
-DIGEST_LENGTH = 4
-RESERVED_TAG = 0xFFFFFFFF
+BHS_LENGTH: Final = 48
+MAX_AHS_LENGTH: Final = 255 * 4
+DIGEST_LENGTH: Final = 4
+RESERVED_TAG: Final = 0xFFFFFFFF
 """The tag value that means "no tag" (initiator task tag, target transfer tag)."""
-SERIAL_MASK = 0xFFFFFFFF
-SERIAL_HALF = 0x80000000
-MAX_DATA_SEGMENT = 0xFFFFFF
+SERIAL_MASK: Final = 0xFFFFFFFF
+SERIAL_HALF: Final = 0x80000000
+MAX_DATA_SEGMENT: Final = 0xFFFFFF
 
-IMMEDIATE = 0x40
-OPCODE_MASK = 0x3F
-FINAL = 0x80
-CONTINUE = 0x40
+IMMEDIATE: Final = 0x40
+OPCODE_MASK: Final = 0x3F
+FINAL: Final = 0x80
+CONTINUE: Final = 0x40
 
-REQUEST = struct.Struct(">BBHIQIIII")
+REQUEST: Final = struct.Struct(">BBHIQIIII")
 """opcode|I, flags, bytes 2-3, TotalAHSLength<<24|DataSegmentLength, LUN (bytes 8-15), initiator
 task tag, bytes 20-23, CmdSN, ExpStatSN."""
 
-RESPONSE = struct.Struct(">BBBBIQIIIIIIII")
+RESPONSE: Final = struct.Struct(">BBBBIQIIIIIIII")
 """opcode, flags, byte 2, byte 3, DataSegmentLength, bytes 8-15, initiator task tag, bytes 20-23,
 StatSN, ExpCmdSN, MaxCmdSN, bytes 36-39, bytes 40-43, bytes 44-47."""
 
-DATA_OUT_TAIL = struct.Struct(">II")
+DATA_OUT_TAIL: Final = struct.Struct(">II")
 """At byte 36 of a SCSI Data-Out: DataSN, BufferOffset."""
 
-TMF_TAIL = struct.Struct(">II")
+TMF_TAIL: Final = struct.Struct(">II")
 """At byte 32 of a task management request: RefCmdSN, ExpDataSN."""
 
 
@@ -243,9 +244,9 @@ def serial_in_window(value: int, low: int, high: int) -> bool:
     return ((value - low) & SERIAL_MASK) < size
 
 
-_AHS_HEADER = struct.Struct(">HB")
-AHS_EXTENDED_CDB = 1
-AHS_BIDIRECTIONAL_LENGTH = 2
+_AHS_HEADER: Final = struct.Struct(">HB")
+AHS_EXTENDED_CDB: Final = 1
+AHS_BIDIRECTIONAL_LENGTH: Final = 2
 
 
 def extended_cdb(ahs: memoryview) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Final
 
 from ploopd.frontends.iscsi.digest import verify
 from ploopd.frontends.iscsi.pdu import (
@@ -13,9 +14,9 @@ from ploopd.frontends.iscsi.pdu import (
     padded,
 )
 
-_LENGTHS = struct.Struct(">I")
-_EMPTY = memoryview(b"")
-_SMALL = 64 * 1024
+_LENGTHS: Final = struct.Struct(">I")
+_EMPTY: Final = memoryview(b"")
+_SMALL: Final = 64 * 1024
 
 
 class Receiver:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
+from typing import Final
 
 from ploopd.fileio.buffers import BufferPool
 from ploopd.frontends.iscsi.digest import data_digest, digest
@@ -24,12 +25,12 @@ from ploopd.frontends.iscsi.pdu import (
     padded,
 )
 
-COPY_LIMIT = 16 * 1024
+COPY_LIMIT: Final = 16 * 1024
 """Data up to this length is copied into the arena: cheaper than another entry of an I/O vector."""
-MAX_SEGMENTS = 64
-_PADDING = (b"", b"\0\0\0", b"\0\0", b"\0")
+MAX_SEGMENTS: Final = 64
+_PADDING: Final = (b"", b"\0\0\0", b"\0\0", b"\0")
 
-BLOCK = 512
+BLOCK: Final = 512
 
 Release = Callable[[], None]
 Read = Callable[[int, memoryview], bool]

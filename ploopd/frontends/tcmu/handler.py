@@ -41,7 +41,7 @@ _LUN_RESET: Final = 5
 _PREEMPT: Final = 128
 """TCMU's number for PERSISTENT RESERVE OUT's PREEMPT AND ABORT, which resets nothing."""
 
-_KERNELS_OWN = (UnitAttention.POWER_ON, UnitAttention.DEVICE_RESET, UnitAttention.NEXUS_LOSS)
+_KERNELS_OWN: Final = (UnitAttention.POWER_ON, UnitAttention.DEVICE_RESET, UnitAttention.NEXUS_LOSS)
 
 
 class Handler:

@@ -8,16 +8,17 @@ that the storage never works on memory that the kernel may take back.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from ploopd.fileio.buffers import BufferPool
 from ploopd.frontends.tcmu.ring import Command, Ring, padded
 from ploopd.scsi.nexus import ItlNexus
 from ploopd.storage.lane import LaneRequest
 
-MOST_LENGTH = 256 << 10
+MOST_LENGTH: Final = 256 << 10
 """Longer transfers become tasks: for them its cost does not count."""
 
-CACHED = 1 << 20
+CACHED: Final = 1 << 20
 """Bytes of buffers that a device keeps for its next commands."""
 
 

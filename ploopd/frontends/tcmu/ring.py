@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 VERSION: Final = 2
-MAILBOX = struct.Struct("=HHII")
+MAILBOX: Final = struct.Struct("=HHII")
 """version, flags, offset of the ring, its size."""
 
 FLAG_OUT_OF_ORDER: Final = 1
@@ -24,7 +24,9 @@ FLAG_TASK_MANAGEMENT: Final = 4
 
 _HEAD: Final = 12 >> 2
 _TAIL: Final = 64 >> 2
-_PAD, _COMMAND, _TASK_MANAGEMENT = 0, 1, 2
+_PAD: Final = 0
+_COMMAND: Final = 1
+_TASK_MANAGEMENT: Final = 2
 _OPCODE: Final = 7
 _UNKNOWN_OPCODE: Final = 1 << 24
 _READ_LENGTH: Final = 2 << 24
@@ -33,11 +35,11 @@ _IOVS: Final = 48
 _SENSE: Final = 16
 SENSE_LENGTH: Final = 96
 
-_ENTRY = struct.Struct("=4xHxxI12xQ16xQQ")
+_ENTRY: Final = struct.Struct("=4xHxxI12xQ16xQQ")
 """A command's entry: id, number of pieces, offset of the CDB, offset and length of a piece."""
 
-_CDB_OFFSET = struct.Struct("=Q")
-_IOV = struct.Struct("=QQ")
+_CDB_OFFSET: Final = struct.Struct("=Q")
+_IOV: Final = struct.Struct("=QQ")
 _IDS: Final = 32
 
 CDB_LENGTHS: Final = (6, 10, 10, 16, 16, 12, 10, 10)
@@ -46,7 +48,9 @@ CDB_LENGTHS: Final = (6, 10, 10, 16, 16, 12, 10, 10)
 CDB_FIELD: Final = 16
 
 
-DECLINED, BEGUN, DONE = 0, 1, 2
+DECLINED: Final = 0
+BEGUN: Final = 1
+DONE: Final = 2
 
 Plain = Callable[[int, bytes, int, memoryview], int]
 """`plain(command_id, cdb, at, data)`: what to do with a command that has `data`, at `at` in the
