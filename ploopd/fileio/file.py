@@ -244,9 +244,14 @@ class File:
 
         Where there are no holes zeros are written.
         """
+
+        def ended(error: StorageError | None) -> None:
+            self._forget_view(offset, length)
+            done(error)
+
         self._forget_view(offset, length)
         queue = self._queue
-        queue.start(SpaceChange(queue, _PUNCH, offset, length, self._backend.zero, done))
+        queue.start(SpaceChange(queue, _PUNCH, offset, length, self._backend.zero, ended))
 
     def _forget_view(self, offset: int, length: int) -> None:
         if self._view is not None:
@@ -289,7 +294,11 @@ class File:
     async def async_punch(self, offset: int, length: int) -> None:
         """`punch`; raises `StorageError`."""
         queue, zero = self._queue, self._backend.zero
-        await wait_for(queue, SpaceChange(queue, _PUNCH, offset, length, zero, None))
+        self._forget_view(offset, length)
+        try:
+            await wait_for(queue, SpaceChange(queue, _PUNCH, offset, length, zero, None))
+        finally:  # a neighbour in the same piece may have been looked at meanwhile
+            self._forget_view(offset, length)
 
     # The end.
 

@@ -116,9 +116,10 @@ class FileView:
 
     def _remap(self, size: int) -> None:
         """Map all of the file.  An older mapping goes away with its last view."""
-        self._drop()
         access = mmap.ACCESS_READ if self._read_only else mmap.ACCESS_WRITE
-        self._map = mmap.mmap(self._fd, size, access=access)
+        new = mmap.mmap(self._fd, size, access=access)
+        self._drop()
+        self._map = new
         self._address = np.frombuffer(self._map, np.uint8).ctypes.data
         self._writable = memoryview(self._map)
         self._memory = self._writable.toreadonly()

@@ -97,10 +97,8 @@ class DirectWrite:
         if extent is None or extent[1] != length:
             return []
         offset = extent[0] + here
-        if here and not itl.write_part(extent[0], buffer[begin:fill]):
-            return []
         view = itl.try_write_view(offset, missing)
-        if view is None:
+        if view is None or (here and not itl.write_part(extent[0], buffer[begin:fill])):
             return []
         self._itl, self._offset, self._length, self._tag = itl, offset, length, tag
         return [view, buffer[fill : fill + BHS_LENGTH]]

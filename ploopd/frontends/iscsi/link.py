@@ -30,6 +30,8 @@ _ROOM: Final = 1 << 20
 """Bytes that the kernel shall keep for a connection with large WRITEs."""
 _PATIENCE: Final = 50e-6
 """Seconds in which the rest of a WRITE arrives over the loopback interface."""
+_NOW: Final = -1.0
+"""Time until which there is nothing to wait for."""
 _MOST_POLLING: Final = 2e-3
 """Seconds after which a reader that looks for input gives way, whatever the storage completes."""
 
@@ -109,26 +111,30 @@ class Link:
         if count == 0:
             self.ended = "the initiator closed the connection"
             return True
+        before = engine.missing
         engine.received(count, self.clock())
-        if not engine.missing:
-            self._until = 0.0
+        if engine.missing != before - count:
+            self._until = 0.0  # it is another WRITE, or none
         self.flush()
         return True
 
     def _receive_direct(self) -> bool:
         """Receive WRITEs that the socket has all the data of; False if there are none, and the
         ordinary way says what there is."""
-        engine, done = self.engine, 0
+        engine, done, failed = self.engine, 0, False
         while done < _TOGETHER and 0 < engine.missing <= self._arrived():
             count = self._receive_in_place()
-            if count < 0 or not engine.received_direct(count, self.clock()):
+            failed = count < 0 or not engine.received_direct(count, self.clock())
+            if failed:
                 break
             done += 1
-        if not done:
-            return False
-        self._until = 0.0
-        self.flush()
-        return True
+        if failed:
+            self._until = _NOW
+        elif done:
+            self._until = 0.0
+        if done:
+            self.flush()
+        return done > 0
 
     def _receive_in_place(self) -> int:
         """The bytes that have been received into the engine's direct buffers, -1 for none."""

@@ -332,9 +332,9 @@ def _send_unpaced(sock: socket.socket) -> None:
     BBR sends by a timer, at the rate that it believes the network to have: here that is a timer and
     an interrupt for each 64 KiB, and nothing that they are good for.
     """
-    algorithm = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
-    if algorithm.startswith(b"bbr"):
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        algorithm = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+        if algorithm.startswith(b"bbr"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
 
 

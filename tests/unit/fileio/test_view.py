@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
 from ploopd.fileio import view as view_module
 from ploopd.fileio.file import File
 from ploopd.fileio.oslayer import RealOs
 from ploopd.fileio.view import CHUNK, PIECE
+from tests.support.volumes import running_engine
 
 CONTENT = bytes(range(256)) * 256
 LENGTH = len(CONTENT)
@@ -212,6 +214,21 @@ def test_a_hole_that_was_made_later_stays_one(image: Path) -> None:
     assert file.try_view(0, LENGTH) is None
     assert image.stat().st_blocks == 0
     file.close()
+
+
+@pytest.mark.trio
+async def test_a_hole_that_is_made_while_it_is_in_use_stays_one(image: Path) -> None:
+    async with running_engine() as engine:
+        file = File.open(image, read_only=False, engine=engine)
+        assert seen(file, 0, LENGTH) == CONTENT
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(file.async_punch, 0, LENGTH)
+            await trio.lowlevel.checkpoint()
+            seen(file, 0, 512)  # a neighbour of what is being punched asks, and sees it is there
+            engine.kick()
+        assert file.try_view(0, LENGTH) is None
+        assert os.fstat(file.fd).st_blocks == 0
+        file.close()
 
 
 def test_what_is_received_into_it_is_in_the_file(image: Path) -> None:
