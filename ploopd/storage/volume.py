@@ -21,7 +21,7 @@ from ploopd.fileio.view import no_view
 from ploopd.storage import closing, read_path, write_path, zero_path
 from ploopd.storage.core import Core
 from ploopd.storage.device import Done, Extent, ExtentKind, Pending
-from ploopd.storage.mapping import TOP, UNMAPPED
+from ploopd.storage.mapping import TOP, UNMAPPED, Run
 from ploopd.storage.request import FINISHED, Request
 from ploopd.storage.stack import LayerInfo, Stack
 from ploopd.storage.volume_lane import VolumeLane
@@ -140,21 +140,12 @@ class Volume:
         cluster = offset // size
         within = offset - cluster * size
         if within + length > size:
-            return self._try_view_run(offset, length)
+            run = self._one_run(offset, length)
+            return None if run is None else self._viewers[run.level](run.host, length)
         level = self._levels[cluster]
         if not level or cluster in self._exclusive:
             return None
         return self._viewers[level](self._hosts[cluster] * size + within, length)
-
-    def _try_view_run(self, offset: int, length: int) -> memoryview | None:
-        size = self.cluster_size
-        stop = (offset + length - 1) // size + 1
-        if self._exclusive and self._core.locks.first_exclusive(offset // size, stop) is not None:
-            return None
-        run = next(self._core.map.runs(offset, length))
-        if run.length != length or run.level == UNMAPPED:
-            return None
-        return self._viewers[run.level](run.host, length)
 
     def try_write_view(self, offset: int, length: int) -> memoryview | None:
         """See `HasWriteViews.try_write_view`: for what is in one piece of the top file."""
@@ -162,20 +153,20 @@ class Volume:
         cluster = offset // size
         within = offset - cluster * size
         if within + length > size:
-            host = self._top_run(offset, length)
-            return None if host is None else self._top_view(host, length)
+            run = self._one_run(offset, length)
+            return None if run is None or run.level != TOP else self._top_view(run.host, length)
         if self._levels[cluster] != TOP or cluster in self._exclusive:
             return None
         return self._top_view(self._hosts[cluster] * size + within, length)
 
-    def _top_run(self, offset: int, length: int) -> int | None:
-        """Where in the top file several clusters lie together; None if they do not."""
+    def _one_run(self, offset: int, length: int) -> Run | None:
+        """Several clusters that lie together in one file and are not being changed, or None."""
         size = self.cluster_size
         stop = (offset + length - 1) // size + 1
         if self._exclusive and self._core.locks.first_exclusive(offset // size, stop) is not None:
             return None
         run = next(self._core.map.runs(offset, length))
-        return run.host if run.length == length and run.level == TOP else None
+        return None if run.length != length or run.level == UNMAPPED else run
 
     def try_write(self, offset: int, buffer: memoryview) -> bool:
         """See `BlockDevice.try_write`."""

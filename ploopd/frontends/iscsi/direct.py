@@ -124,6 +124,6 @@ class DirectWrite:
         receiver.fill = fill + count - missing
         tx = self._flow.tx
         tx.exp_cmd_sn = (tx.exp_cmd_sn + 1) & SERIAL_MASK
-        tx.max_cmd_sn = (tx.max_cmd_sn + 1) & SERIAL_MASK
+        self._flow.open_window()
         tx.emit(Opcode.SCSI_RESPONSE, FINAL, tag=self._tag, word20=0)
         return True

@@ -109,7 +109,7 @@ class Transmitter:
         """`count` bytes of `data_to_send()` are in the kernel; True if that was everything."""
         self.progress += count
         queue = self._queue
-        if count == self._queued + self.op - self.start:
+        if count == self.pending:
             return self._all_sent()
         while count and queue:
             view, release, origin = queue[0]
